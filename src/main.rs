@@ -1,0 +1,2 @@
+//! nacelle.
+fn main() {}
