@@ -66,7 +66,8 @@ impl Bus {
 
     /// Lets `device` answer from `base` for `len` bytes.
     pub fn insert(&self, base: u64, len: u64, device: Arc<dyn Registers>) -> Result<(), BusError> {
-        let last = len.checked_sub(1).and_then(|n| base.checked_add(n)).ok_or(BusError::Range { base, len })?;
+        let last =
+            len.checked_sub(1).and_then(|n| base.checked_add(n)).ok_or(BusError::Range { base, len })?;
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         let at = entries.partition_point(|e| e.base < base);
         for near in [at.checked_sub(1), Some(at)].into_iter().flatten().filter_map(|i| entries.get(i)) {
