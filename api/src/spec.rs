@@ -1,0 +1,210 @@
+//! The specification of a machine, in the format of Firecracker's configuration file.
+//!
+//! ```json
+//! { "boot-source": { "kernel_image_path": "vmlinux", "boot_args": "console=ttyS0" },
+//!   "machine-config": { "vcpu_count": 2, "mem_size_mib": 256 },
+//!   "drives": [ { "drive_id": "root", "path_on_host": "root.ext4", "is_root_device": true } ] }
+//! ```
+//!
+//! Fields that Firecracker does not have are marked *ours*. An unknown field is an error.
+//! [`Spec::check`] holds the rules that join parts; whether a file exists is found out by the
+//! builder, which opens it anyway.
+
+mod check;
+mod device;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use device::{
+    CacheType, Console, ConsoleMode, Drive, Entropy, IoEngine, NetworkInterface, RateLimiter, Serial,
+    TokenBucket, Vsock,
+};
+
+use crate::{Fault, FaultKind, explain_json};
+
+/// Most vCPUs a machine may have.
+pub const VCPUS_MAX: u8 = 64;
+/// Least memory a machine may have, in MiB.
+pub const MEMORY_MIN_MIB: u64 = 16;
+/// Largest configuration file read, in bytes.
+pub const CONFIG_FILE_MAX: usize = 1 << 20;
+
+/// The kernel command line used when none is given: Firecracker's default.
+pub const DEFAULT_BOOT_ARGS: &str =
+    "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
+
+/// A whole machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// What to boot.
+    #[serde(rename = "boot-source")]
+    pub boot_source: BootSource,
+    /// vCPUs and memory.
+    #[serde(rename = "machine-config", default)]
+    pub machine_config: MachineConfig,
+    /// Disks, in the order the guest finds them, except that the root device comes first.
+    #[serde(default)]
+    pub drives: Vec<Drive>,
+    /// Network interfaces, in the order the guest finds them.
+    #[serde(rename = "network-interfaces", default)]
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// The vsock device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// The entropy device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
+    /// The serial port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
+    /// The virtio console. *Ours.*
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<Console>,
+    /// The log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logger: Option<Logger>,
+}
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    /// The kernel: an ELF `vmlinux` or a `bzImage`.
+    pub kernel_image_path: PathBuf,
+    /// An initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd_path: Option<PathBuf>,
+    /// The kernel command line; [`DEFAULT_BOOT_ARGS`] when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_args: Option<String>,
+}
+
+/// Backing of guest memory by page size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum HugePages {
+    /// 4 KiB pages.
+    #[default]
+    None,
+    /// The kernel may use 2 MiB pages where it finds some.
+    Transparent,
+    /// 2 MiB pages from the reserved pool; the start fails when it is too small.
+    #[serde(rename = "2M")]
+    Huge2M,
+}
+
+/// How virtio devices are attached. *Ours* (Firecracker's `--enable-pci` chooses the second).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Transport {
+    /// Memory-mapped registers with one interrupt line each.
+    #[default]
+    Mmio,
+    /// PCI functions with message interrupts.
+    Pci,
+}
+
+/// vCPUs and memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Number of vCPUs, 1 to [`VCPUS_MAX`].
+    pub vcpu_count: u8,
+    /// Memory in MiB, at least [`MEMORY_MIN_MIB`].
+    pub mem_size_mib: u64,
+    /// Show two threads per core; needs an even number of vCPUs (or one).
+    #[serde(default)]
+    pub smt: bool,
+    /// Record the pages that are written, for differential snapshots.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// Page size of guest memory.
+    #[serde(default)]
+    pub huge_pages: HugePages,
+    /// Touch all memory before the guest runs. *Ours.*
+    #[serde(default)]
+    pub prefault: bool,
+    /// How virtio devices are attached. *Ours.*
+    #[serde(default)]
+    pub transport: Transport,
+}
+
+impl Default for MachineConfig {
+    fn default() -> MachineConfig {
+        MachineConfig {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            smt: false,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
+            prefault: false,
+            transport: Transport::Mmio,
+        }
+    }
+}
+
+/// How much the log says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum LogLevel {
+    /// Nothing.
+    Off,
+    /// What failed.
+    #[serde(alias = "ERROR", alias = "error")]
+    Error,
+    /// And what looks wrong.
+    #[serde(alias = "WARNING", alias = "Warn", alias = "warn")]
+    Warning,
+    /// And what happened.
+    #[default]
+    #[serde(alias = "INFO", alias = "info")]
+    Info,
+    /// And how.
+    #[serde(alias = "DEBUG", alias = "debug")]
+    Debug,
+    /// And everything else.
+    #[serde(alias = "TRACE", alias = "trace")]
+    Trace,
+}
+
+/// Where the log goes and what it holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Logger {
+    /// File or named pipe; standard error when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_path: Option<PathBuf>,
+    /// Least severe level that is written.
+    #[serde(default)]
+    pub level: LogLevel,
+    /// Put the level in each line.
+    #[serde(default)]
+    pub show_level: bool,
+    /// Put the source file and line in each line.
+    #[serde(default)]
+    pub show_log_origin: bool,
+    /// Only lines of this module path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub module: Option<String>,
+}
+
+impl Spec {
+    /// Reads a specification from the text of a configuration file called `name` and checks it.
+    pub fn from_json(name: &Path, text: &str) -> Result<Spec, Fault> {
+        let name = name.display();
+        if text.len() > CONFIG_FILE_MAX {
+            let message = format!("Configuration file {name} is larger than {CONFIG_FILE_MAX} bytes");
+            return Err(Fault::new(FaultKind::Invalid, message));
+        }
+        let spec: Spec = serde_json::from_str(text).map_err(|e| Fault {
+            kind: FaultKind::Invalid,
+            message: format!("Configuration file {name} is not a machine specification"),
+            causes: vec![explain_json(&e)],
+        })?;
+        spec.check()?;
+        Ok(spec)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+//! The rules that a specification must keep before anything is opened.
+
+use std::collections::HashSet;
+
+use super::{ConsoleMode, HugePages, MEMORY_MIN_MIB, Spec, VCPUS_MAX};
+use crate::{Fault, FaultKind};
+
+/// Longest path of a unix socket, without its final zero byte (unix(7)).
+const SOCKET_PATH_MAX: usize = 107;
+
+fn wrong(message: impl Into<String>) -> Fault {
+    Fault::new(FaultKind::Invalid, message)
+}
+
+impl Spec {
+    /// Checks every rule that needs no look at the host. The first broken one is named.
+    pub fn check(&self) -> Result<(), Fault> {
+        self.check_machine()?;
+        self.check_names()?;
+        self.check_drives()?;
+        self.check_network()?;
+        self.check_consoles()?;
+        self.check_limits()?;
+        let Some(vsock) = &self.vsock else { return Ok(()) };
+        if vsock.guest_cid < 3 || vsock.guest_cid == u32::MAX {
+            let cid = vsock.guest_cid;
+            return Err(wrong(format!("Vsock guest_cid is {cid}; 0 to 2 and 4294967295 are reserved")));
+        }
+        check_socket_path("vsock uds_path", &vsock.uds_path)
+    }
+
+    fn check_machine(&self) -> Result<(), Fault> {
+        let config = &self.machine_config;
+        let (cpus, memory) = (config.vcpu_count, config.mem_size_mib);
+        if !(1..=VCPUS_MAX).contains(&cpus) {
+            return Err(wrong(format!("vcpu_count is {cpus}; it must be 1 to {VCPUS_MAX}")));
+        }
+        if config.smt && cpus != 1 && !cpus.is_multiple_of(2) {
+            return Err(wrong(format!("vcpu_count is {cpus}; with smt it must be 1 or even")));
+        }
+        if memory < MEMORY_MIN_MIB {
+            return Err(wrong(format!("mem_size_mib is {memory}; it must be at least {MEMORY_MIN_MIB}")));
+        }
+        if memory.checked_mul(1 << 20).is_none_or(|bytes| bytes > 1 << 46) {
+            return Err(wrong(format!("mem_size_mib is {memory}; more than 64 TiB cannot be addressed")));
+        }
+        if config.huge_pages == HugePages::Huge2M && !memory.is_multiple_of(2) {
+            return Err(wrong(format!("mem_size_mib is {memory}; with 2M pages it must be even")));
+        }
+        Ok(())
+    }
+
+    fn check_names(&self) -> Result<(), Fault> {
+        let drives = self.drives.iter().map(|d| ("drive_id", &d.drive_id));
+        let interfaces = self.network_interfaces.iter().map(|n| ("iface_id", &n.iface_id));
+        let mut seen = HashSet::new();
+        for (field, id) in drives.chain(interfaces) {
+            let fine = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            if id.is_empty() || id.len() > 64 || !id.chars().all(fine) {
+                let rule = "it must be 1 to 64 letters, digits and underscores";
+                return Err(wrong(format!("{field} is {id:?}; {rule}")));
+            }
+            if !seen.insert((field, id)) {
+                return Err(wrong(format!("Two devices have the {field} {id:?}; each needs its own")));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_drives(&self) -> Result<(), Fault> {
+        let roots: Vec<_> = self.drives.iter().filter(|d| d.is_root_device).map(|d| &d.drive_id).collect();
+        if let [first, second, ..] = roots[..] {
+            return Err(wrong(format!(
+                "Drives {first:?} and {second:?} both are root devices; only one may be"
+            )));
+        }
+        for drive in &self.drives {
+            let (id, queues, size) = (&drive.drive_id, drive.num_queues, drive.queue_size);
+            if !(1..=64).contains(&queues) {
+                return Err(wrong(format!("Drive {id:?} has num_queues {queues}; it must be 1 to 64")));
+            }
+            if !size.is_power_of_two() || !(4..=1024).contains(&size) {
+                let rule = "it must be a power of two from 4 to 1024";
+                return Err(wrong(format!("Drive {id:?} has queue_size {size}; {rule}")));
+            }
+            if drive.discard && drive.is_read_only {
+                return Err(wrong(format!("Drive {id:?} is read-only; discard needs a writable one")));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_network(&self) -> Result<(), Fault> {
+        let mut taps = HashSet::new();
+        for interface in &self.network_interfaces {
+            let id = &interface.iface_id;
+            match (&interface.host_dev_name, interface.host_dev_fd) {
+                (Some(name), None) if name.is_empty() || name.len() > 15 || name.contains(['/', ' ']) => {
+                    let rule = "an interface name is 1 to 15 characters without '/' or spaces";
+                    return Err(wrong(format!("Interface {id:?} has host_dev_name {name:?}; {rule}")));
+                }
+                (Some(name), None) => {
+                    if !taps.insert(name) {
+                        return Err(wrong(format!(
+                            "Two interfaces use the tap {name:?}; each needs its own"
+                        )));
+                    }
+                }
+                (None, Some(fd)) if fd > 2 => {}
+                (None, Some(fd)) => {
+                    return Err(wrong(format!("Interface {id:?} has host_dev_fd {fd}; it must be above 2")));
+                }
+                _ => {
+                    let rule = "either host_dev_name or host_dev_fd must be given";
+                    return Err(wrong(format!("Interface {id:?}: {rule}")));
+                }
+            }
+            if interface.mtu.is_some_and(|mtu| mtu < 68) {
+                return Err(wrong(format!(
+                    "Interface {id:?} has an mtu below 68, the least IPv4 works with"
+                )));
+            }
+            if !(1..=16).contains(&interface.num_queue_pairs) {
+                let pairs = interface.num_queue_pairs;
+                return Err(wrong(format!(
+                    "Interface {id:?} has num_queue_pairs {pairs}; it must be 1 to 16"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_consoles(&self) -> Result<(), Fault> {
+        let serial = self.serial.as_ref().map(|s| ("serial", s.far_end(), &s.serial_out_path));
+        let console = self.console.as_ref().map(|c| ("console", c.mode, &c.path));
+        for (name, mode, path) in serial.into_iter().chain(console) {
+            let needs = matches!(mode, ConsoleMode::File | ConsoleMode::Socket);
+            match path {
+                None if needs => return Err(wrong(format!("The {name} in mode {mode:?} needs a path"))),
+                Some(_) if !needs => {
+                    return Err(wrong(format!("The {name} in mode {mode:?} takes no path")));
+                }
+                Some(path) if mode == ConsoleMode::Socket => check_socket_path(name, path)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Limits are part of the format, and of a later version: a machine that would run
+    /// without the limit it was given is worse than none.
+    fn check_limits(&self) -> Result<(), Fault> {
+        let drives = self.drives.iter().filter(|d| d.rate_limiter.is_some()).map(|d| &d.drive_id);
+        let limited =
+            |n: &&super::NetworkInterface| n.rx_rate_limiter.is_some() || n.tx_rate_limiter.is_some();
+        let interfaces = self.network_interfaces.iter().filter(limited).map(|n| &n.iface_id);
+        let (entropy, serial) = ("entropy".to_owned(), "serial".to_owned());
+        let entropy = self.entropy.filter(|e| e.rate_limiter.is_some()).map(|_| &entropy);
+        let serial = self.serial.as_ref().filter(|s| s.rate_limiter.is_some()).map(|_| &serial);
+        match drives.chain(interfaces).chain(entropy).chain(serial).next() {
+            Some(id) => Err(Fault::new(
+                FaultKind::Unsupported,
+                format!(
+                    "Device {id:?} has a rate limiter, which this version does not enforce; leave it out"
+                ),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+impl super::Serial {
+    /// What the far end is, the default filled in.
+    pub fn far_end(&self) -> ConsoleMode {
+        let implied = if self.serial_out_path.is_some() { ConsoleMode::File } else { ConsoleMode::Stdio };
+        self.mode.unwrap_or(implied)
+    }
+}
+
+fn check_socket_path(what: &str, path: &std::path::Path) -> Result<(), Fault> {
+    let len = path.as_os_str().len();
+    if len == 0 || len > SOCKET_PATH_MAX {
+        return Err(wrong(format!("The {what} has {len} bytes; a socket path has 1 to {SOCKET_PATH_MAX}")));
+    }
+    Ok(())
+}
