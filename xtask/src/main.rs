@@ -1,0 +1,105 @@
+//! `cargo xtask`: what developers do with nacelle beside building it.
+//!
+//! | command | does |
+//! |---|---|
+//! | `run` | sets everything up and runs a container image in a machine of its own |
+//! | `test` | all tests: unit tests directly, guest tests directly or in the lab |
+//! | `lab` | runs any command in an emulated machine with a real `/dev/kvm` |
+//! | `kernel` | builds nacelle's small guest kernel |
+//!
+//! The program is static, because it is also process 1 of the lab's machine (`lab::init`).
+
+mod debian;
+mod elf_kernel;
+mod host;
+mod lab;
+mod progress;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+/// Developer commands of nacelle.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run a command in an emulated machine that has a real /dev/kvm
+    Lab(LabArguments),
+    /// Run a test program in the lab, for cargo's runner setting
+    #[command(hide = true)]
+    LabRunner {
+        /// The test program and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<OsString>,
+    },
+}
+
+#[derive(Args)]
+struct LabArguments {
+    /// Memory of the machine in MiB
+    #[arg(short, value_name = "MB", default_value_t = 4096)]
+    memory: u32,
+    /// Processors of the machine
+    #[arg(short, value_name = "CPUS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
+    /// Count instructions: one processor whose clock is driven by them, so that times repeat
+    #[arg(short)]
+    instructions: bool,
+    /// Make this directory of the host writable in there; may be repeated
+    #[arg(short, value_name = "DIR")]
+    writable: Vec<PathBuf>,
+    /// Use this directory as the machine's root instead of the host's
+    #[arg(short, value_name = "ROOT", default_value = "/")]
+    root: PathBuf,
+    /// Set a variable, or pass the caller's one on; may be repeated
+    #[arg(short, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// End the run with code 124 after this time
+    #[arg(short, value_name = "SECONDS")]
+    time_limit: Option<u64>,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    command: Vec<OsString>,
+}
+
+fn main() -> ExitCode {
+    if lab::init::is_wanted() {
+        lab::init::main();
+    }
+    let (command, failure) = match Cli::parse().command {
+        Task::Lab(arguments) => (run_in_lab(&arguments), lab::FAILED),
+        Task::LabRunner { command } => (lab::run_test(&command), lab::FAILED),
+    };
+    match command {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::from(failure)
+        }
+    }
+}
+
+fn run_in_lab(arguments: &LabArguments) -> Result<u8> {
+    let lab = lab::Lab {
+        memory_mib: arguments.memory,
+        processors: arguments.cpus,
+        count_instructions: arguments.instructions,
+        writable: arguments.writable.clone(),
+        root: std::fs::canonicalize(&arguments.root)
+            .map_err(|error| anyhow::anyhow!("Cannot use {}: {error}", arguments.root.display()))?,
+        environment: arguments.env.iter().filter_map(|text| lab::variable(text)).collect(),
+        time_limit: arguments.time_limit.map(Duration::from_secs),
+        ..lab::Lab::default()
+    };
+    lab.run(&arguments.command)
+}
