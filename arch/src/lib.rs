@@ -1,0 +1,47 @@
+//! What differs between processors, and nothing else.
+//!
+//! The monitor builds every machine the same way; this crate answers the questions whose
+//! answers depend on the processor. It names no device and not the monitor: a serial port is
+//! here only a line in a firmware table, described by whoever has one.
+//!
+//! ```text
+//!   layout   where memory, windows and tables lie in the guest's physical address space
+//!   kernel   files: is this a kernel, of which processor, and how it gets into guest memory
+//!   boot     kernel + initrd + command line -> guest memory, and the state to enter it with
+//!   acpi     what the machine has -> firmware tables in guest memory
+//!   cpuid    what KVM offers -> what each vCPU shows        msr, regs   first register values
+//!   irqchip  interrupt controllers and guest clock: save, load
+//!   state    one vCPU: save, load, bytes
+//! ```
+//!
+//! **What a processor must offer.** One processor is compiled in; its module is re-exported
+//! under the names below, and the monitor uses only these, so a second processor is a second
+//! folder with the same names where the thing is the same, and a compile error where it is not:
+//!
+//! | name | what |
+//! |---|---|
+//! | [`layout`] | `ram_regions`, the 32-bit and 64-bit windows, interrupt lines |
+//! | [`boot::load`], [`boot::Payload`], [`boot::Loaded`] | a kernel into memory |
+//! | [`regs::configure_vcpu`] | the state a vCPU starts with |
+//! | [`state::VcpuState`] | one vCPU saved: `save`, `load`, `to_bytes`, `from_bytes` |
+//! | [`irqchip::IrqchipState`], [`irqchip::ClockState`] | the same for the machine |
+//! | [`acpi`] (x86_64), a device tree (others) | how the guest learns what is there |
+//!
+//! **Rules kept here.** A kernel file, a saved state and a table of CPUID are hostile: every
+//! number read from them is checked before it is used, every loop over them has a cap, and the
+//! tests mutate them at random. Nothing is copied that the kernel can read into place.
+
+pub mod kernel;
+
+#[cfg(target_arch = "x86_64")]
+pub mod x86_64;
+
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::{acpi, boot, cpuid, irqchip, layout, msr, regs, state};
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("nacelle runs on x86_64 only so far: a processor is a folder beside src/x86_64");
+
+/// Guest memory as the whole monitor uses it: mappings with a dirty bitmap that is there only
+/// while somebody counts dirty pages.
+pub type Memory = vm_memory::GuestMemoryMmap<Option<vm_memory::bitmap::AtomicBitmap>>;

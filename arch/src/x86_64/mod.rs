@@ -1,0 +1,10 @@
+//! The PC, as far as a machine without firmware needs it: see [`layout`] for the map.
+
+pub mod acpi;
+pub mod boot;
+pub mod cpuid;
+pub mod irqchip;
+pub mod layout;
+pub mod msr;
+pub mod regs;
+pub mod state;
