@@ -21,6 +21,7 @@
 pub mod block;
 pub mod console;
 pub mod core;
+#[doc(hidden)]
 pub mod driver;
 pub mod mmio;
 pub mod net;
