@@ -3,8 +3,9 @@
 use std::env;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -187,6 +188,12 @@ pub fn run(command: &mut Command) -> Result<Vec<u8>> {
     bail!("{name} failed ({}):\n{end}", output.status)
 }
 
+/// The code a shell would give for a program's end: its own, or 128+signal.
+pub fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,6 +211,12 @@ mod tests {
         let error = run(Command::new("sh").args(["-c", "echo why >&2; exit 3"])).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("why") && text.contains('3'), "{text}");
+    }
+
+    #[test]
+    fn a_signal_is_a_code_above_128() {
+        assert_eq!(exit_code(ExitStatus::from_raw(5 << 8)), 5);
+        assert_eq!(exit_code(ExitStatus::from_raw(9)), 137);
     }
 
     #[test]

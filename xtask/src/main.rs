@@ -9,11 +9,16 @@
 //!
 //! The program is static, because it is also process 1 of the lab's machine (`lab::init`).
 
+mod build;
 mod debian;
 mod elf_kernel;
 mod host;
+mod image;
+mod kernel;
 mod lab;
 mod progress;
+mod run;
+mod test;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -33,8 +38,27 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Set everything up and run a container image in a machine of its own
+    Run {
+        /// What `nacelle run` gets: flags, an image ("busybox" is made here), a command.
+        /// Without any, a short tour
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "IMAGE COMMAND")]
+        arguments: Vec<OsString>,
+    },
+    /// Run all tests, guest tests in the lab where the host cannot
+    Test {
+        /// Parts of test names, and flags for the test programs
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        filter: Vec<OsString>,
+    },
     /// Run a command in an emulated machine that has a real /dev/kvm
     Lab(LabArguments),
+    /// Build nacelle's guest kernel from Debian's kernel source
+    Kernel {
+        /// Compilers at a time; all processors when not given
+        #[arg(short, long)]
+        jobs: Option<u32>,
+    },
     /// Run a test program in the lab, for cargo's runner setting
     #[command(hide = true)]
     LabRunner {
@@ -78,6 +102,9 @@ fn main() -> ExitCode {
     }
     let (command, failure) = match Cli::parse().command {
         Task::Lab(arguments) => (run_in_lab(&arguments), lab::FAILED),
+        Task::Run { arguments } => (run::run(&arguments), lab::FAILED),
+        Task::Test { filter } => (test::run(&filter), 1),
+        Task::Kernel { jobs } => (build_kernel(jobs), 1),
         Task::LabRunner { command } => (lab::run_test(&command), lab::FAILED),
     };
     match command {
@@ -87,6 +114,12 @@ fn main() -> ExitCode {
             ExitCode::from(failure)
         }
     }
+}
+
+fn build_kernel(jobs: Option<u32>) -> Result<u8> {
+    let place = kernel::build(jobs.unwrap_or_else(host::processors))?;
+    println!("{}", place.display());
+    Ok(0)
 }
 
 fn run_in_lab(arguments: &LabArguments) -> Result<u8> {

@@ -20,6 +20,8 @@ const HEADER: usize = 5;
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// Guest to host: the command is about to start; nothing.
+    Started,
     /// Guest to host: bytes of the command's standard output.
     Stdout,
     /// Guest to host: bytes of the command's standard error.
@@ -36,7 +38,8 @@ pub enum Kind {
     Resize,
 }
 
-const KINDS: [(Kind, u8); 7] = [
+const KINDS: [(Kind, u8); 8] = [
+    (Kind::Started, 0),
     (Kind::Stdout, 1),
     (Kind::Stderr, 2),
     (Kind::Exit, 3),

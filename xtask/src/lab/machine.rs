@@ -25,7 +25,7 @@ const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=t mitigations=of
     nokaslr no_timer_check nowatchdog audit=0 apparmor=0 random.trust_cpu=on \
     rcupdate.rcu_expedited=1 cryptomgr.notests i8042.noaux 8250.nr_uarts=1 rdinit=/init";
 /// How much of a dead machine's console is shown, in lines.
-const CONSOLE_LINES: usize = 30;
+const CONSOLE_LINES: usize = 60;
 
 /// A running emulated machine; dropping it ends it.
 pub struct Machine {

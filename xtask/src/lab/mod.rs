@@ -42,6 +42,7 @@ use crate::host;
 use cache::Cache;
 use machine::Machine;
 use order::Order;
+pub use session::Outcome;
 use session::{Session, Signals};
 
 /// Exit code when the lab itself failed.
@@ -58,6 +59,7 @@ pub enum Streams {
     /// Output to ours, standard input empty.
     OutputOnly,
     /// Standard input empty, outputs kept.
+    #[expect(dead_code, reason = "benchmarks read what they measure through it; none does yet")]
     Captured {
         /// Bytes of standard output.
         stdout: Vec<u8>,
@@ -114,11 +116,11 @@ impl Lab {
     ///
     /// An error means that the lab failed, not the command.
     pub fn run(&self, command: &[OsString]) -> Result<u8> {
-        self.run_with(command, &mut Streams::Inherited)
+        self.run_with(command, &mut Streams::Inherited).map(|outcome| outcome.code)
     }
 
-    /// The same with a choice of streams.
-    pub fn run_with(&self, command: &[OsString], streams: &mut Streams) -> Result<u8> {
+    /// The same with a choice of streams, and with the time that the machine took to start.
+    pub fn run_with(&self, command: &[OsString], streams: &mut Streams) -> Result<Outcome> {
         let cache = Cache::ready()?;
         let interactive = streams.takes_input() && terminal::is_interactive();
         let order = self.order(command, interactive)?;
@@ -154,11 +156,6 @@ impl Lab {
     }
 }
 
-/// Whether this process runs inside a lab.
-pub fn is_inside() -> bool {
-    env::var_os("NACELLE_LAB").is_some()
-}
-
 fn is_inherited(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
     INHERITED.contains(&&*name) || FAMILIES.iter().any(|family| name.starts_with(family))
@@ -182,7 +179,7 @@ pub fn run_test(command: &[OsString]) -> Result<u8> {
         time_limit: Some(TEST_TIME_LIMIT),
         ..Lab::default()
     };
-    lab.run_with(command, &mut Streams::OutputOnly)
+    lab.run_with(command, &mut Streams::OutputOnly).map(|outcome| outcome.code)
 }
 
 /// The longest that one test binary may take in the lab.

@@ -23,6 +23,10 @@ const TIMED_OUT: u8 = 124;
 const BROKEN_PIPE: u8 = 141;
 /// What a pipe takes at once without blocking when it is writable.
 const PIPE_PIECE: usize = 4096;
+/// What a terminal in raw mode gives for Ctrl-C: the command's, but so many in a row end a
+/// machine that answers to nothing.
+const CTRL_C: u8 = 3;
+const INTERRUPTS_TO_END: u32 = 5;
 /// Signals that end the run.
 const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
@@ -71,6 +75,15 @@ impl Drop for Signals {
     }
 }
 
+/// How a run went.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    /// Exit code of the command.
+    pub code: u8,
+    /// How long the machine took until the command was started.
+    pub start: Duration,
+}
+
 /// Why the loop stopped before the command's own end.
 enum Ended {
     Code(u8),
@@ -86,6 +99,9 @@ pub struct Session<'a> {
     limit: Duration,
     writer: Arc<Mutex<UnixStream>>,
     interactive: bool,
+    raw: Option<terminal::Raw>,
+    begin: Instant,
+    start: Duration,
 }
 
 impl<'a> Session<'a> {
@@ -100,15 +116,27 @@ impl<'a> Session<'a> {
         let writer = Arc::new(Mutex::new(machine.port.try_clone()?));
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let limit = limit.unwrap_or_default();
-        Ok(Self { machine, signals, streams, deadline, limit, writer, interactive })
+        Ok(Self {
+            machine,
+            signals,
+            streams,
+            deadline,
+            limit,
+            writer,
+            interactive,
+            raw: None,
+            begin: Instant::now(),
+            start: Duration::ZERO,
+        })
     }
 
-    /// Runs until the command or something else ends; its exit code.
-    pub fn run(mut self) -> Result<u8> {
-        let _raw = if self.interactive { terminal::Raw::enter() } else { None };
+    /// Runs until the command or something else ends.
+    pub fn run(mut self) -> Result<Outcome> {
         self.feed_input();
-        match self.watch()? {
-            Ended::Code(code) => Ok(code),
+        let ended = self.watch();
+        self.raw = None;
+        match ended? {
+            Ended::Code(code) => Ok(Outcome { code, start: self.start }),
             Ended::Gone => {
                 bail!(
                     "The lab's machine died before the command ended; the end of its console:\n{}",
@@ -124,10 +152,17 @@ impl<'a> Session<'a> {
             let _ = frame::send(&*lock(&writer), Kind::StdinEnd, &[]);
             return;
         }
+        let interactive = self.interactive;
         thread::spawn(move || {
             let mut buffer = vec![0; frame::PAYLOAD_MAX];
+            let mut interrupts = 0;
             loop {
                 let length = stdin().lock().read(&mut buffer).unwrap_or(0);
+                interrupts = if buffer[..length] == [CTRL_C] { interrupts + 1 } else { 0 };
+                if interactive && interrupts == INTERRUPTS_TO_END {
+                    // SAFETY: a signal to this process, which `Signals` watches.
+                    unsafe { libc::kill(libc::getpid(), libc::SIGINT) };
+                }
                 let kind = if length == 0 { Kind::StdinEnd } else { Kind::Stdin };
                 if frame::send(&*lock(&writer), kind, &buffer[..length]).is_err() || length == 0 {
                     return;
@@ -157,6 +192,12 @@ impl<'a> Session<'a> {
 
     fn take(&mut self, kind: Kind, bytes: &[u8]) -> Result<Option<Ended>> {
         match (kind, bytes) {
+            (Kind::Started, _) => {
+                self.start = self.begin.elapsed();
+                // Not earlier: until here Ctrl-C must end a machine that does not come up.
+                self.raw = if self.interactive { terminal::Raw::enter() } else { None };
+                Ok(None)
+            }
             (Kind::Exit, [code]) => Ok(Some(Ended::Code(*code))),
             (Kind::Failed, [code, reason @ ..]) => {
                 eprintln!("lab: {}\r", String::from_utf8_lossy(reason));

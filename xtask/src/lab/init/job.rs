@@ -170,8 +170,7 @@ fn relay_input(mut port: File, stdin: File) {
         }
         while let Ok(Some((kind, bytes))) = assembler.next() {
             match (kind, &mut stdin) {
-                // The command may have closed its input; what comes for it then is dropped.
-                (Kind::Stdin, Some(file)) if file.write_all(&bytes).is_err() => stdin = None,
+                (Kind::Stdin, _) => give(&mut stdin, &bytes),
                 (Kind::StdinEnd, _) => stdin = None,
                 (Kind::Resize, Some(master)) => {
                     if let [a, b, c, d] = bytes[..] {
@@ -182,6 +181,13 @@ fn relay_input(mut port: File, stdin: File) {
                 _ => {}
             }
         }
+    }
+}
+
+/// Writes to the command's input; a command that has closed it gets no more.
+fn give(stdin: &mut Option<File>, bytes: &[u8]) {
+    if stdin.as_mut().is_some_and(|file| file.write_all(bytes).is_err()) {
+        *stdin = None;
     }
 }
 

@@ -69,6 +69,7 @@ fn boot_and_run() -> Result<()> {
     furnish(&order)?;
     loader.join().map_err(|_| anyhow!("Loading modules failed"))?;
     let port = open_port()?;
+    frame::send(&port, Kind::Started, &[])?;
     match job::run(&order, &port) {
         Ok(code) => {
             kernel::sync(order.shares.iter().map(|(_, path)| Path::new(path)));

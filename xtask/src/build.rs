@@ -1,0 +1,41 @@
+//! nacelle's own programs, built by the cargo that runs this one.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::progress;
+
+/// The repository's root directory.
+pub fn repository() -> &'static Path {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here)
+}
+
+/// cargo, standing in the repository.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // What `cargo run` set for this program would make the inner cargo build things anew.
+    for (name, _) in env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR" || name == "CARGO_MANIFEST_PATH" {
+            cargo.env_remove(&*name);
+        }
+    }
+    cargo.current_dir(repository());
+    cargo
+}
+
+/// Builds the monitor and the guest agent; the path of the monitor, which has the agent beside
+/// it.
+pub fn nacelle() -> Result<PathBuf> {
+    progress::step_of_program(
+        "Building nacelle and its guest agent",
+        cargo().args(["build", "-p", "nacelle", "-p", "nacelle-guest"]),
+    )?;
+    let own = env::current_exe().context("Cannot tell where this program lies")?;
+    let folder = own.parent().context("This program lies in no folder")?;
+    Ok(folder.join("nacelle"))
+}
