@@ -22,6 +22,21 @@ pub const VSOCK_CONNECTIONS_MAX: usize = 1023;
 /// Bytes buffered for one vsock connection towards the host before its credit runs out.
 pub const VSOCK_BUFFER: u32 = 256 * 1024;
 
+/// Emptied buffers of that kind one vsock device keeps for the next connection in need.
+pub const VSOCK_SPARE_BUFFERS: usize = 2;
+
+/// Resets waiting for guest buffers; beyond it the device takes no more packets from the
+/// guest until the guest makes room (VIRTIO 1.2 section 5.10.6.1.2).
+pub const VSOCK_RESETS_MAX: usize = 256;
+
+/// How long the other side of a vsock connection may take: a host client for its `CONNECT`
+/// line, a guest for accepting, a host listener with a full queue, a guest for confirming a
+/// full shutdown. Beyond it the connection is dropped.
+pub const VSOCK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Longest path of a unix socket, in bytes (`sockaddr_un` less its zero byte).
+pub const VSOCK_PATH_MAX: usize = 107;
+
 /// Longest `CONNECT <port>` line read from a host client; a longer one closes it.
 pub const VSOCK_CONNECT_LINE_MAX: usize = 32;
 
@@ -39,3 +54,35 @@ pub const BLOCK_SEGMENTS_MAX: u32 = 254;
 /// Requests one turn of a queue handler serves before it lets its neighbours on the same
 /// worker run.
 pub const TURN_BUDGET: usize = 256;
+
+/// Bytes one block request moves at most; a longer one fails with `VIRTIO_BLK_S_IOERR`. A
+/// driver that keeps to `seg_max` and its own sane segment sizes never comes near.
+pub const BLOCK_REQUEST_MAX: u64 = 1 << 30;
+
+/// Ranges of one discard request (`max_discard_seg`); more fail with `VIRTIO_BLK_S_IOERR`.
+pub const BLOCK_RANGES_MAX: u32 = 16;
+
+/// Sectors of one discard range (`max_discard_sectors`): 2 GiB.
+pub const BLOCK_DISCARD_SECTORS_MAX: u32 = 1 << 22;
+
+/// Sectors of one write-zeroes range (`max_write_zeroes_sectors`): 256 MiB, what a host
+/// without any help for it writes by hand well inside [`DRAIN_DEADLINE`].
+pub const BLOCK_ZEROES_SECTORS_MAX: u32 = 1 << 19;
+
+/// Bytes of the buffer through which one block queue passes what `O_DIRECT` refuses; longer
+/// requests go through it piece by piece.
+pub const BLOCK_BOUNCE: usize = 256 * 1024;
+
+/// Bytes one turn of a block queue moves on the worker's own time before its neighbours run.
+pub const BLOCK_TURN_BYTES: u64 = 8 << 20;
+
+/// How often one block request is given to the host again after `EAGAIN` or a partial
+/// transfer before it fails with `VIRTIO_BLK_S_IOERR`.
+pub const BLOCK_RETRIES_MAX: u16 = 1024;
+
+/// Queues of one block device.
+pub const BLOCK_QUEUES_MAX: u16 = 64;
+
+/// Bytes the keyboard controller holds for a guest that does not read them; further ones are
+/// lost, as on the real part.
+pub const KEYBOARD_BUFFER: usize = 32;
