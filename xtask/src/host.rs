@@ -2,12 +2,14 @@
 
 use std::env;
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
 
 use crate::progress;
 
@@ -164,12 +166,36 @@ pub fn cache_directory(variable: &str, part: &str) -> Result<PathBuf> {
 /// Waits for the lock file at `path`; it is free again when the answer is dropped.
 pub fn lock(path: &Path) -> Result<File> {
     let file = File::create(path).with_context(|| format!("Cannot make {}", path.display()))?;
-    // SAFETY: an open descriptor and a constant.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
-        return Err(std::io::Error::last_os_error())
-            .with_context(|| format!("Cannot lock {}", path.display()));
+    let take = |how| {
+        // SAFETY: an open descriptor and constants.
+        if unsafe { libc::flock(file.as_raw_fd(), how) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
+    if take(libc::LOCK_EX | libc::LOCK_NB).is_err() {
+        eprintln!("Waiting for another run, which holds {}", path.display());
+        take(libc::LOCK_EX).with_context(|| format!("Cannot lock {}", path.display()))?;
     }
     Ok(file)
+}
+
+/// A new folder in `home` to make something in, removed when dropped. The caller holds the lock
+/// under which alone folders of this `prefix` are made, so others of it are left over from runs
+/// that were killed, and go.
+pub fn work_folder(home: &Path, prefix: &str) -> Result<TempDir> {
+    for entry in fs::read_dir(home)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(prefix) {
+            fs::remove_dir_all(entry.path())
+                .with_context(|| format!("Cannot remove {}", entry.path().display()))?;
+        }
+    }
+    tempfile::Builder::new()
+        .prefix(prefix)
+        .tempdir_in(home)
+        .with_context(|| format!("Cannot make a folder in {}", home.display()))
 }
 
 /// Runs a program to its end without showing what it says; its standard output. When it fails,
@@ -211,6 +237,17 @@ mod tests {
         let error = run(Command::new("sh").args(["-c", "echo why >&2; exit 3"])).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("why") && text.contains('3'), "{text}");
+    }
+
+    #[test]
+    fn what_a_killed_run_left_behind_goes_and_the_rest_stays() {
+        let home = tempfile::tempdir().unwrap();
+        for name in ["build-old", "kept"] {
+            fs::create_dir(home.path().join(name)).unwrap();
+        }
+        let work = work_folder(home.path(), "build-").unwrap();
+        assert!(work.path().is_dir() && home.path().join("kept").is_dir());
+        assert!(!home.path().join("build-old").exists());
     }
 
     #[test]

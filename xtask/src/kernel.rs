@@ -47,7 +47,7 @@ pub fn build(jobs: u32) -> Result<PathBuf> {
     let hash = hash(&[RECIPE, &source.version, &fragment]);
     let folder = folder()?;
     let place = folder.join(&hash);
-    let _lock = host::lock(&folder.join("lock"))?;
+    let _lock = host::lock(&folder.join("lock-build"))?;
     if !place.exists() {
         compile(&folder, &place, &source, &fragment, jobs)?;
     }
@@ -89,7 +89,7 @@ fn hash(parts: &[&str]) -> String {
 }
 
 fn compile(folder: &Path, place: &Path, source: &Source, fragment: &str, jobs: u32) -> Result<()> {
-    let work = tempfile::Builder::new().prefix("build-").tempdir_in(folder)?;
+    let work = host::work_folder(folder, "build-")?;
     progress::step(&format!("Unpacking {}", source.version), || {
         host::run(
             Command::new("tar")
@@ -174,12 +174,12 @@ fn point_current(folder: &Path, hash: &str) -> Result<()> {
 /// Debian's kernel for cloud machines, fetched unless one is there; its folder.
 pub fn debian_cloud() -> Result<PathBuf> {
     let folder = folder()?;
-    let _lock = host::lock(&folder.join("lock"))?;
+    let _lock = host::lock(&folder.join("lock-fetch"))?;
     if let Some(place) = fetched(&folder)? {
         return Ok(place);
     }
     host::need("the guest kernel", &host::RUN_PACKAGES)?;
-    let work = tempfile::Builder::new().prefix("fetch-").tempdir_in(&folder)?;
+    let work = host::work_folder(&folder, "fetch-")?;
     let package = debian::fetch("linux-image-cloud-amd64", "linux-image-", work.path())?;
     progress::step("Unpacking Debian's cloud kernel", || {
         let (tree, result) = (work.path().join("tree"), work.path().join("result"));

@@ -55,6 +55,9 @@ enum Task {
     Lab(LabArguments),
     /// Build nacelle's guest kernel from Debian's kernel source
     Kernel {
+        /// Fetch Debian's prebuilt cloud kernel instead of building one
+        #[arg(long, conflicts_with = "jobs")]
+        debian: bool,
         /// Compilers at a time; all processors when not given
         #[arg(short, long)]
         jobs: Option<u32>,
@@ -79,6 +82,9 @@ struct LabArguments {
     /// Count instructions: one processor whose clock is driven by them, so that times repeat
     #[arg(short)]
     instructions: bool,
+    /// Connect it to the host's network, outwards only
+    #[arg(short)]
+    network: bool,
     /// Make this directory of the host writable in there; may be repeated
     #[arg(short, value_name = "DIR")]
     writable: Vec<PathBuf>,
@@ -104,7 +110,7 @@ fn main() -> ExitCode {
         Task::Lab(arguments) => (run_in_lab(&arguments), lab::FAILED),
         Task::Run { arguments } => (run::run(&arguments), lab::FAILED),
         Task::Test { filter } => (test::run(&filter), 1),
-        Task::Kernel { jobs } => (build_kernel(jobs), 1),
+        Task::Kernel { debian, jobs } => (make_kernel(debian, jobs), 1),
         Task::LabRunner { command } => (lab::run_test(&command), lab::FAILED),
     };
     match command {
@@ -116,8 +122,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn build_kernel(jobs: Option<u32>) -> Result<u8> {
-    let place = kernel::build(jobs.unwrap_or_else(host::processors))?;
+fn make_kernel(debian: bool, jobs: Option<u32>) -> Result<u8> {
+    let place =
+        if debian { kernel::debian_cloud()? } else { kernel::build(jobs.unwrap_or_else(host::processors))? };
     println!("{}", place.display());
     Ok(0)
 }
@@ -126,6 +133,7 @@ fn run_in_lab(arguments: &LabArguments) -> Result<u8> {
     let lab = lab::Lab {
         memory_mib: arguments.memory,
         processors: arguments.cpus,
+        network: arguments.network,
         count_instructions: arguments.instructions,
         writable: arguments.writable.clone(),
         root: std::fs::canonicalize(&arguments.root)

@@ -51,10 +51,12 @@ pub fn run(arguments: &[OsString]) -> Result<u8> {
         eprintln!("This host has no hardware virtualization: running in the lab, an emulated machine.");
     }
     let mut arguments = arguments.to_vec();
-    if let Some(name) = arguments.iter_mut().find(|argument| *argument == IMAGE) {
+    let ours = arguments.iter_mut().find(|argument| *argument == IMAGE);
+    let network = ours.is_none();
+    if let Some(name) = ours {
         *name = setup.image.clone().into_os_string();
     }
-    setup.nacelle_run(&arguments).map(|outcome| outcome.code)
+    setup.nacelle_run(&arguments, network).map(|outcome| outcome.code)
 }
 
 impl Setup {
@@ -83,7 +85,8 @@ impl Setup {
         Ok(Self { nacelle, kernel, image, times, in_lab })
     }
 
-    fn nacelle_run(&self, arguments: &[OsString]) -> Result<Outcome> {
+    /// `network`: the image may have to come from a registry.
+    fn nacelle_run(&self, arguments: &[OsString], network: bool) -> Result<Outcome> {
         let cache = host::cache_directory("NACELLE_CACHE_DIR", "")?;
         let variables =
             [("NACELLE_CACHE_DIR", cache.as_os_str()), ("NACELLE_KERNEL", self.kernel.as_os_str())];
@@ -94,6 +97,7 @@ impl Setup {
         if self.in_lab {
             let lab = Lab {
                 writable: vec![cache.clone()],
+                network,
                 environment: variables.map(|(name, value)| (name.into(), value.to_owned())).to_vec(),
                 ..Lab::default()
             };
@@ -136,7 +140,7 @@ fn tour(mut setup: Setup) -> Result<u8> {
     );
     let arguments = [setup.image.clone().into_os_string(), "sh".into(), "-c".into(), TOUR.into()];
     let start = Instant::now();
-    let outcome = setup.nacelle_run(&arguments)?;
+    let outcome = setup.nacelle_run(&arguments, false)?;
     if setup.in_lab {
         setup.times.push(("lab start", outcome.start));
     }

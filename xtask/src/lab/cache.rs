@@ -25,7 +25,9 @@ use crate::{debian, elf_kernel, host, progress};
 /// What the root file system of the lab stands on.
 const FIRST: [&str; 4] = ["virtio_pci", "9p", "9pnet_virtio", "overlay"];
 /// What commands in the lab expect.
-const REST: [&str; 7] = ["virtio_console", "kvm_amd", "tun", "vhost_net", "vhost_vsock", "loop", "nf_tables"];
+const REST: [&str; 6] = ["virtio_console", "kvm_amd", "tun", "vhost_net", "vhost_vsock", "loop"];
+/// What the way out needs.
+const NETWORK: &str = "virtio_net";
 /// Subtrees of drivers that the emulated machine can have no use for.
 const LEFT_OUT: [&str; 9] = [
     "sound",
@@ -49,6 +51,8 @@ pub struct Cache {
     pub first: Vec<PathBuf>,
     /// Other modules, in order of loading.
     pub rest: Vec<PathBuf>,
+    /// Those for the network, to be loaded after the others.
+    pub network: Vec<PathBuf>,
 }
 
 impl Cache {
@@ -72,13 +76,14 @@ impl Cache {
         let mut seen = HashSet::new();
         let first = index.order(&FIRST, &mut seen)?;
         let rest = index.order(&REST, &mut seen)?;
-        Ok(Self { kernel: place.join("vmlinux"), modules, first, rest })
+        let network = index.order(&[NETWORK], &mut seen)?;
+        Ok(Self { kernel: place.join("vmlinux"), modules, first, rest, network })
     }
 }
 
 fn make(home: &Path, place: &Path) -> Result<()> {
     host::need("the lab", &host::LAB_PACKAGES)?;
-    let work = tempfile::Builder::new().prefix("new-").tempdir_in(home)?;
+    let work = host::work_folder(home, "new-")?;
     let package = debian::fetch("linux-image-amd64", "linux-image-", work.path())?;
     progress::step("Unpacking the lab's kernel", || {
         let tree = work.path().join("v1");

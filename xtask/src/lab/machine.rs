@@ -41,7 +41,9 @@ impl Machine {
     pub fn start(lab: &Lab, cache: &Cache, order: &Order) -> Result<Self> {
         let order_text = serde_json::to_vec(order)?;
         let mut image = memory_file(c"lab-initrd")?;
-        image.write_all(&initrd::build(&order_text, &cache.first, &cache.rest)?)?;
+        let network = if lab.network { cache.network.as_slice() } else { &[] };
+        let rest = [cache.rest.as_slice(), network].concat();
+        image.write_all(&initrd::build(&order_text, &cache.first, &rest)?)?;
         let console = memory_file(c"lab-console")?;
         let complaints = memory_file(c"lab-complaints")?;
         let (port, theirs) = UnixStream::pair()?;
@@ -109,8 +111,10 @@ fn machine_arguments(lab: &Lab) -> Vec<String> {
     };
     let fixed = "-M q35,sata=off,smbus=off,vmport=off -cpu EPYC-Rome,+svm -nodefaults \
         -no-user-config -display none -no-reboot";
+    let network = if lab.network { "-netdev user,id=out -device virtio-net-pci,netdev=out" } else { "" };
     fixed
         .split_whitespace()
+        .chain(network.split_whitespace())
         .chain(accelerator.iter().copied())
         .map(str::to_owned)
         .chain(["-smp".to_owned(), processors.to_string()])

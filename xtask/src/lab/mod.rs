@@ -87,6 +87,8 @@ pub struct Lab {
     pub writable: Vec<PathBuf>,
     /// The directory that becomes the machine's root.
     pub root: PathBuf,
+    /// Connect the machine to the host's network, outwards only.
+    pub network: bool,
     /// Variables for the command, beside those it gets from this program's environment.
     pub environment: Vec<(OsString, OsString)>,
     /// Working directory of the command.
@@ -103,6 +105,7 @@ impl Default for Lab {
             count_instructions: false,
             writable: Vec::new(),
             root: PathBuf::from("/"),
+            network: false,
             environment: Vec::new(),
             directory: env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
             time_limit: None,
@@ -143,6 +146,7 @@ impl Lab {
             command: command.to_vec(),
             environment: self.full_environment(),
             directory: self.directory.clone().into_os_string(),
+            network: self.network,
             terminal: interactive.then(terminal::size),
             shares,
         })
@@ -158,7 +162,9 @@ impl Lab {
 
 fn is_inherited(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
-    INHERITED.contains(&&*name) || FAMILIES.iter().any(|family| name.starts_with(family))
+    INHERITED.contains(&&*name)
+        || name.to_ascii_lowercase().ends_with("_proxy")
+        || FAMILIES.iter().any(|family| name.starts_with(family))
 }
 
 /// Turns the `-e NAME[=VALUE]` of a command line into a variable; without a value it is the

@@ -26,6 +26,8 @@ pub struct Order {
     pub directory: OsString,
     /// A terminal of (rows, columns) is wanted instead of three pipes.
     pub terminal: Option<(u16, u16)>,
+    /// The host's network is to be reached.
+    pub network: bool,
     /// Writable directories: 9p tag and the path, the same outside and inside.
     pub shares: Vec<(String, OsString)>,
 }

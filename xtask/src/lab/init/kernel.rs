@@ -3,7 +3,6 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::ptr;
@@ -62,7 +61,7 @@ pub fn load_open_module(file: &File) -> io::Result<()> {
     }
 }
 
-/// Host name, limits and the loopback interface.
+/// Host name and limits.
 pub fn settle() -> Result<()> {
     let name = b"lab";
     // SAFETY: the pointer and length describe the name.
@@ -74,23 +73,7 @@ pub fn settle() -> Result<()> {
         // SAFETY: the pointer is to a whole rlimit.
         checked(unsafe { libc::setrlimit(what, &raw const limit) })?;
     }
-    loopback_up().context("Cannot bring the loopback interface up")
-}
-
-fn loopback_up() -> io::Result<()> {
-    // SAFETY: plain arguments; the result is checked before it is owned.
-    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    checked(socket)?;
-    // SAFETY: the descriptor is open and nobody else's.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-    // SAFETY: an ifreq of zeros is a valid one (empty name, no flags).
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = libc::c_char::try_from(*from).unwrap_or(0);
-    }
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).unwrap_or(0);
-    // SAFETY: SIOCSIFFLAGS reads one ifreq.
-    checked(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })
+    Ok(())
 }
 
 /// Brings what was written below `paths` to the host.
@@ -160,6 +143,7 @@ pub fn set_nonblocking(file: &impl AsRawFd) -> io::Result<()> {
     }
 }
 
-fn checked(answer: i32) -> io::Result<()> {
+/// The error behind a system call's negative answer.
+pub fn checked(answer: i32) -> io::Result<()> {
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -8,7 +8,7 @@
 //!   9p "root" read-only -> /lower --overlay with tmpfs--> /root --switch--> /
 //!        |            proc sys dev devpts shm run cgroup2 lo, writable 9p shares
 //!        v
-//!   the command, its streams framed over /dev/vport0p1 (see `frame`)
+//!   the command, its streams framed over a virtio serial port (see `frame`)
 //! ```
 //!
 //! It is the same program as the host's side, started by the kernel, because a shell script
@@ -17,21 +17,23 @@
 
 mod job;
 mod kernel;
+mod network;
 
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::frame::{self, Kind};
 use super::order::{self, Order};
 
 /// How long the serial port may take to appear after its driver is loaded.
 const PORT_WAIT: Duration = Duration::from_secs(30);
-/// The serial port that carries the frames.
-const PORT: &str = "/dev/vport0p1";
+/// How the serial port that carries the frames is called; the number in it depends on the
+/// machine's other devices.
+const PORT: &str = "vport";
 
 /// Whether this process is process 1 of a lab.
 pub fn is_wanted() -> bool {
@@ -68,6 +70,9 @@ fn boot_and_run() -> Result<()> {
     make_root().context("Cannot make the root directory")?;
     furnish(&order)?;
     loader.join().map_err(|_| anyhow!("Loading modules failed"))?;
+    if order.network {
+        network::way_out().context("Cannot connect to the host's network")?;
+    }
     let port = open_port()?;
     frame::send(&port, Kind::Started, &[])?;
     match job::run(&order, &port) {
@@ -137,18 +142,20 @@ fn furnish(order: &Order) -> Result<()> {
         let path = path.to_str().context("A shared directory's name is not UTF-8")?;
         kernel::mount(tag, path, "9p", &p9("mmap"))?;
     }
+    network::loopback()?;
     kernel::settle()
 }
 
 fn open_port() -> Result<fs::File> {
     let start = Instant::now();
     loop {
-        match OpenOptions::new().read(true).write(true).open(PORT) {
-            Ok(port) => return Ok(port),
-            Err(error) if start.elapsed() > PORT_WAIT => {
-                return Err(error).context(format!("No {PORT} to talk to the host"));
-            }
-            Err(_) => thread::sleep(Duration::from_millis(5)),
+        let port = fs::read_dir("/dev")?
+            .filter_map(Result::ok)
+            .find(|entry| entry.file_name().to_string_lossy().starts_with(PORT));
+        match port {
+            Some(port) => return Ok(OpenOptions::new().read(true).write(true).open(port.path())?),
+            None if start.elapsed() > PORT_WAIT => bail!("There is no serial port to talk to the host"),
+            None => thread::sleep(Duration::from_millis(5)),
         }
     }
 }
