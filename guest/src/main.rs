@@ -1,2 +1,7 @@
-//! Placeholder.
-fn main() {}
+//! `nacelle-agent`: process 1 of a machine. See [`agent`].
+
+mod agent;
+
+fn main() {
+    agent::run();
+}

@@ -248,7 +248,7 @@ impl Events {
             None => Deadline::never(&self.connection),
         };
         match frame::read(&mut from) {
-            Ok(Event::Broken(failure)) => Ok(Some(Event::Broken(clean(failure)))),
+            Ok(Event::Broken(failure)) => Ok(Some(Event::Broken(clean(&failure)))),
             Ok(event) => Ok(Some(event)),
             Err(e) => match ClientError::from_frame(what, limit.unwrap_or(ANSWER_TIMEOUT), e) {
                 ClientError::Closed { .. } => Ok(None),
@@ -308,11 +308,11 @@ pub(super) fn expect_done(reply: Reply, what: &'static str) -> Result<(), Client
 /// The error for a reply that is not the one expected: the agent's own words if it failed.
 pub(super) fn unexpected(reply: Reply, what: &'static str) -> ClientError {
     match reply {
-        Reply::Failed(failure) => ClientError::Agent(clean(failure)),
+        Reply::Failed(failure) => ClientError::Agent(clean(&failure)),
         _ => ClientError::Answer { what, source: None },
     }
 }
 
-fn clean(failure: Failure) -> Failure {
-    Failure { message: printable(&failure.message), ..failure }
+fn clean(failure: &Failure) -> Failure {
+    Failure::new(failure.kind, printable(&failure.message))
 }

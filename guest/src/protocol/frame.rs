@@ -132,7 +132,7 @@ fn read_body(from: &mut impl Read, length: u32, into: &mut Vec<u8>) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{Open, ProcessSpec, Reply, Request, Setup};
+    use crate::protocol::{Open, ProcessSpec, Reply, Request};
 
     fn framed(bytes: &[u8]) -> Vec<u8> {
         let mut all = u32::try_from(bytes.len()).unwrap().to_le_bytes().to_vec();
@@ -148,7 +148,7 @@ mod tests {
         }));
         let mut wire = Vec::new();
         write(&mut wire, &sent).unwrap();
-        write(&mut wire, &Request::Setup(Box::new(Setup::default()))).unwrap();
+        write(&mut wire, &Request::Setup(Box::default())).unwrap();
         let mut rest = wire.as_slice();
         assert_eq!(read::<Request>(&mut rest).unwrap(), sent);
         assert!(matches!(read::<Request>(&mut rest).unwrap(), Request::Setup(_)));
