@@ -86,3 +86,13 @@ pub const BLOCK_QUEUES_MAX: u16 = 64;
 /// Bytes the keyboard controller holds for a guest that does not read them; further ones are
 /// lost, as on the real part.
 pub const KEYBOARD_BUFFER: usize = 32;
+
+/// Queue pairs of one network device at most; each has a worker thread of its own.
+pub const NET_PAIRS_MAX: u16 = 16;
+
+/// Descriptors in each queue of a network device. At 256 mergeable buffers of 1.5 KiB hold
+/// six of the largest frames.
+pub const NET_QUEUE_SIZE: u16 = 256;
+
+/// How long a disk that is locked is asked for before it counts as in use.
+pub const DISK_LOCK_PATIENCE: Duration = Duration::from_millis(300);

@@ -1,0 +1,199 @@
+//! Frames from the guest: `writev` from the guest's buffers straight to the host's side.
+//!
+//! Only the header is copied, because it is checked and the guest could change it between
+//! the check and the use. A frame that is false in any way is counted, dropped and returned
+//! like any other: a driver is not told of frames that the cable lost.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{header, tally::Tally};
+use crate::{
+    limits::NET_FRAME_MAX,
+    virtio::queue::{Chain, Queue, QueueError},
+};
+
+/// Frames after which they are returned, while more are being sent.
+const PUBLISH_EVERY: usize = 32;
+/// Most segments one `writev` takes.
+const SEGMENTS_MAX: usize = 1024;
+
+/// Why a turn ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// The guest has no more frames; its doorbell is armed.
+    Idle,
+    /// The host takes no more now.
+    Blocked,
+    /// There is more; others are to run first.
+    Budget,
+    /// The host's side is gone.
+    Gone,
+}
+
+/// The row of segments of one frame.
+#[derive(Default)]
+struct Vectors(Vec<libc::iovec>);
+
+// SAFETY: between calls the row is only memory to be reused; what it points to is not used.
+unsafe impl Send for Vectors {}
+
+/// The sending side of a queue pair.
+pub(super) struct Tx {
+    pub(super) queue: Queue,
+    pub(super) kick: EventFd,
+    chain: Chain,
+    vectors: Vectors,
+    features: u64,
+    /// Frames must come from this address.
+    source: Option<[u8; 6]>,
+    /// There is no host's side: frames are taken and dropped.
+    pub(super) unplugged: bool,
+}
+
+/// What became of a frame.
+enum Sent {
+    Done(usize),
+    Malformed,
+    Spoofed,
+    Failed(io::Error),
+}
+
+impl Tx {
+    pub(super) fn new(queue: Queue, kick: EventFd, features: u64, source: Option<[u8; 6]>) -> Tx {
+        Tx {
+            queue,
+            kick,
+            chain: Chain::new(),
+            vectors: Vectors::default(),
+            features,
+            source,
+            unplugged: false,
+        }
+    }
+
+    /// Moves up to `budget` frames. `notify` is called when the driver is to be told.
+    pub(super) fn run(
+        &mut self,
+        port: &OwnedFd,
+        budget: usize,
+        tally: &mut Tally,
+        notify: &mut dyn FnMut(),
+    ) -> Result<Turn, QueueError> {
+        self.queue.disarm();
+        for done in 0..budget {
+            while !self.queue.pop(&mut self.chain)? {
+                self.publish(notify);
+                if !self.queue.arm() {
+                    return Ok(Turn::Idle);
+                }
+                self.queue.disarm();
+            }
+            // A rate limiter would be asked here, before the frame is given away.
+            match self.send(port) {
+                Sent::Done(len) => {
+                    tally.tx_packets += 1;
+                    tally.tx_bytes += len as u64;
+                }
+                Sent::Malformed => tally.tx_malformed += 1,
+                Sent::Spoofed => tally.tx_spoofed += 1,
+                Sent::Failed(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.queue.undo_pop(1);
+                    self.publish(notify);
+                    return Ok(Turn::Blocked);
+                }
+                Sent::Failed(e) if !self.unplugged && super::is_gone(&e) => {
+                    self.queue.undo_pop(1);
+                    self.publish(notify);
+                    return Ok(Turn::Gone);
+                }
+                Sent::Failed(_) => {
+                    tally.tx_dropped += 1;
+                    tally.port_errors += u64::from(!self.unplugged);
+                }
+            }
+            self.queue.push(self.chain.head(), 0);
+            if done % PUBLISH_EVERY == PUBLISH_EVERY - 1 {
+                self.publish(notify);
+            }
+        }
+        self.publish(notify);
+        Ok(Turn::Budget)
+    }
+
+    /// Returns the queue; nothing is ever in flight between turns.
+    pub(super) fn give_back(mut self) -> Queue {
+        self.queue.publish();
+        self.queue
+    }
+
+    fn publish(&mut self, notify: &mut dyn FnMut()) {
+        if self.queue.publish() {
+            notify();
+        }
+    }
+
+    /// Checks the frame in `chain` and gives it to the host; the bytes given, without header.
+    fn send(&mut self, port: &OwnedFd) -> Sent {
+        let len = self.chain.readable_len();
+        let least = (header::LEN + header::ETHERNET) as u64;
+        // Before anything is copied or looked at: the length decides how much that would be.
+        if !(least..=NET_FRAME_MAX as u64).contains(&len) {
+            return Sent::Malformed;
+        }
+        let frame = len as usize - header::LEN;
+        let mut raw = [0; header::LEN];
+        self.chain.read(0, &mut raw);
+        let Some(mut checked) = header::check(raw, frame, self.features) else { return Sent::Malformed };
+        if self.source.is_some_and(|mac| self.source_address() != mac) {
+            return Sent::Spoofed;
+        }
+        if self.unplugged {
+            return Sent::Failed(io::ErrorKind::NotConnected.into());
+        }
+        if !self.gather(&mut checked) {
+            return Sent::Malformed;
+        }
+        let row = &self.vectors.0;
+        loop {
+            // SAFETY: the row holds the header on this stack and segments of guest memory,
+            // which the queue keeps mapped; its length was checked.
+            let sent = unsafe { libc::writev(port.as_raw_fd(), row.as_ptr(), row.len() as libc::c_int) };
+            if sent >= 0 {
+                return Sent::Done(frame);
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Sent::Failed(error);
+            }
+        }
+    }
+
+    fn source_address(&self) -> [u8; 6] {
+        let mut address = [0; 6];
+        self.chain.read(header::LEN as u64 + 6, &mut address);
+        address
+    }
+
+    /// Lines up the checked header and what follows the guest's one; false when these are
+    /// too many pieces for one call.
+    fn gather(&mut self, checked: &mut [u8; header::LEN]) -> bool {
+        let row = &mut self.vectors.0;
+        row.clear();
+        row.push(libc::iovec { iov_base: checked.as_mut_ptr().cast(), iov_len: checked.len() });
+        let mut skip = header::LEN;
+        for segment in self.chain.readable() {
+            let past = skip.min(segment.iov_len);
+            skip -= past;
+            if past < segment.iov_len {
+                let base = segment.iov_base.cast::<u8>().wrapping_add(past);
+                row.push(libc::iovec { iov_base: base.cast(), iov_len: segment.iov_len - past });
+            }
+        }
+        row.len() <= SEGMENTS_MAX
+    }
+}

@@ -1,0 +1,222 @@
+//! The queue half: one queue pair and its descriptor of the host's side.
+//!
+//! What is watched follows from what can be done:
+//!
+//! ```text
+//!   host's side readable   while the guest has buffers and the pair is in use
+//!   host's side writable   while a frame waits that it would not take
+//!   doorbells              always
+//! ```
+//!
+//! So every state in which something is stuck has an event that ends it, and no state has an
+//! event that comes again and again without anything being done.
+
+use std::{
+    os::fd::AsRawFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU16, Ordering},
+    },
+};
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::{
+    port::Port,
+    rx::{self, Rx},
+    tally::{Counters, Tally},
+    tx::{self, Tx},
+};
+use crate::{
+    limits::TURN_BUDGET,
+    virtio::{Interrupt, queue::Queue},
+    worker::{Handler, Source, Watch},
+};
+
+const RX_KICK: u32 = 0;
+const TX_KICK: u32 = 1;
+const PORT: u32 = 2;
+
+/// What the pairs of a device and its register half share.
+#[derive(Default)]
+pub(super) struct Shared {
+    pub(super) counters: Counters,
+    /// The host's side is gone. Negative, so that a new device has its link up.
+    pub(super) link_down: AtomicBool,
+    /// Queue pairs in use.
+    pub(super) pairs: AtomicU16,
+}
+
+/// A queue pair at work.
+pub(super) struct Pair {
+    pub(super) number: u16,
+    pub(super) rx: Option<Rx>,
+    pub(super) tx: Option<Tx>,
+    pub(super) port: Arc<dyn Port>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    /// The driver wants to hear of the link.
+    pub(super) status: bool,
+    /// What is watched of the host's side; empty: it is not watched at all.
+    pub(super) watched: EventSet,
+    pub(super) blocked: bool,
+    pub(super) gone: bool,
+    pub(super) rx_spoiled: bool,
+    pub(super) tx_spoiled: bool,
+    pub(super) tally: Tally,
+}
+
+impl Pair {
+    fn in_use(&self) -> bool {
+        !self.gone && self.number < self.shared.pairs.load(Ordering::Acquire)
+    }
+
+    fn receive(&mut self, alarm: bool) {
+        if !self.in_use() || self.rx_spoiled {
+            return;
+        }
+        let Some(port) = self.port.descriptors().get(usize::from(self.number)) else { return };
+        let Some(rx) = &mut self.rx else { return };
+        let index = rx.queue.index();
+        let interrupt = &self.interrupt;
+        match rx.run(port, TURN_BUDGET, &mut self.tally, &mut || interrupt.queue(index)) {
+            Ok(rx::Turn::Gone) => self.lost(),
+            // The descriptor reports an error of which reading says nothing.
+            Ok(rx::Turn::Idle) if alarm => self.lost(),
+            // With budget used up the host's side is still readable and calls again.
+            Ok(rx::Turn::Idle | rx::Turn::Starved | rx::Turn::Budget) => {}
+            Err(e) => {
+                self.rx_spoiled = true;
+                self.spoiled(index, &e);
+            }
+        }
+    }
+
+    fn transmit(&mut self) {
+        let in_use = self.in_use();
+        if self.tx_spoiled {
+            return;
+        }
+        let Some(port) = self.port.descriptors().get(usize::from(self.number)) else { return };
+        let Some(tx) = &mut self.tx else { return };
+        let index = tx.queue.index();
+        let interrupt = &self.interrupt;
+        tx.unplugged = !in_use;
+        self.blocked = false;
+        match tx.run(port, TURN_BUDGET, &mut self.tally, &mut || interrupt.queue(index)) {
+            Ok(tx::Turn::Idle) => {}
+            Ok(tx::Turn::Blocked) => {
+                self.tally.tx_blocked += 1;
+                self.blocked = true;
+            }
+            Ok(tx::Turn::Budget) => {
+                let _ = tx.kick.write(1);
+            }
+            Ok(tx::Turn::Gone) => {
+                // What waits is dropped in the next turn.
+                let _ = tx.kick.write(1);
+                self.lost();
+            }
+            Err(e) => {
+                self.tx_spoiled = true;
+                self.spoiled(index, &e);
+            }
+        }
+    }
+
+    /// The host's side is gone: the cable is unplugged, the device lives. Frames from the
+    /// guest are dropped from now on.
+    fn lost(&mut self) {
+        if !self.in_use() {
+            // A pair that was just taken out of use answers the same way.
+            return;
+        }
+        self.gone = true;
+        if !self.shared.link_down.swap(true, Ordering::AcqRel) {
+            log::warn!("The tap of a network device is gone; its link is down");
+            if self.status {
+                self.interrupt.config();
+            }
+        }
+    }
+
+    fn spoiled(&mut self, index: u16, error: &dyn std::error::Error) {
+        self.tally.queue_errors += 1;
+        log::warn!("Queue {index} of a network device cannot be served: {error}");
+        self.interrupt.needs_reset();
+    }
+
+    /// Watches of the host's side just what something can be done about. Without any wish it
+    /// is not watched at all: errors and hang-ups are reported whether asked for or not.
+    fn settle(&mut self, watch: &mut Watch<'_>) {
+        let mut wanted = EventSet::empty();
+        if self.in_use() {
+            let room = !self.rx_spoiled && self.rx.as_ref().is_some_and(Rx::has_room);
+            wanted.set(EventSet::IN, room);
+            wanted.set(EventSet::OUT, self.blocked && !self.tx_spoiled);
+        }
+        if wanted == self.watched {
+            return;
+        }
+        let Some(source) = self.port_source(wanted) else { return };
+        let changed = match (self.watched.is_empty(), wanted.is_empty()) {
+            (true, _) => watch.add(source),
+            (_, true) => watch.remove(source.fd),
+            _ => watch.modify(source),
+        };
+        match changed {
+            Ok(()) => self.watched = wanted,
+            Err(e) => {
+                log::warn!("A tap cannot be waited for: {e}");
+                self.lost();
+            }
+        }
+    }
+
+    fn port_source(&self, events: EventSet) -> Option<Source> {
+        let port = self.port.descriptors().get(usize::from(self.number))?;
+        Some(Source { fd: port.as_raw_fd(), events, token: PORT })
+    }
+}
+
+impl Handler for Pair {
+    fn sources(&self) -> Vec<Source> {
+        let mut sources = Vec::new();
+        sources.extend(self.rx.as_ref().map(|rx| Source::readable(&rx.kick, RX_KICK)));
+        sources.extend(self.tx.as_ref().map(|tx| Source::readable(&tx.kick, TX_KICK)));
+        sources.extend(self.port_source(self.watched).filter(|s| !s.events.is_empty()));
+        sources
+    }
+
+    fn ready(&mut self, token: u32, events: EventSet, watch: &mut Watch<'_>) {
+        let alarm = token == PORT && events.intersects(EventSet::ERROR | EventSet::HANG_UP);
+        match token {
+            RX_KICK => {
+                let _ = self.rx.as_ref().map(|rx| rx.kick.read());
+                self.receive(false);
+            }
+            TX_KICK => {
+                let _ = self.tx.as_ref().map(|tx| tx.kick.read());
+                self.transmit();
+            }
+            _ => {
+                if alarm || events.contains(EventSet::IN) {
+                    self.receive(alarm);
+                }
+                if alarm || events.contains(EventSet::OUT) {
+                    self.transmit();
+                }
+            }
+        }
+        self.settle(watch);
+        self.shared.counters.add(&mut self.tally);
+    }
+
+    fn drain(self: Box<Self>) -> Vec<Queue> {
+        let Pair { rx, tx, mut tally, shared, .. } = *self;
+        let rx = rx.map(|rx| rx.give_back(&mut tally));
+        let tx = tx.map(Tx::give_back);
+        shared.counters.add(&mut tally);
+        rx.into_iter().chain(tx).collect()
+    }
+}
