@@ -221,9 +221,9 @@ mod tests {
         for pair in fixed.windows(2) {
             assert!(pair[0].end <= pair[1].start);
         }
-        assert!(KVM_IDENTITY_MAP + 4096 == KVM_TSS && KVM_TSS + 3 * 4096 <= GAP.end);
+        const { assert!(KVM_IDENTITY_MAP + 4096 == KVM_TSS && KVM_TSS + 3 * 4096 <= GAP.end) };
         assert!(COMMAND_LINE + COMMAND_LINE_MAX as u64 <= EBDA);
-        assert!(PAGE_TABLES + 5 * 4096 <= COMMAND_LINE);
+        const { assert!(PAGE_TABLES + 5 * 4096 <= COMMAND_LINE) };
     }
 
     #[test]

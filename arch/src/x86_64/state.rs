@@ -464,7 +464,7 @@ fn many<T: FromBytes + Immutable + Clone>(
     most: usize,
 ) -> Result<Vec<T>, StateError> {
     let one = size_of::<T>().max(1);
-    if content.len() % one != 0 || content.len() / one > most {
+    if !content.len().is_multiple_of(one) || content.len() / one > most {
         return Err(wrong_length(tag, content));
     }
     content.chunks_exact(one).map(|chunk| self::one(tag, chunk)).collect()

@@ -128,8 +128,10 @@ fn vm_clock(out: &mut Vec<u8>, window: &AddressSpace<u64>) {
 }
 
 fn generation_id(out: &mut Vec<u8>, address: u64) {
-    let hid = Name::new("_HID".into(), &"VMGENCTR");
-    let cid = Name::new("_CID".into(), &"VM_Gen_Counter");
+    let hid = Name::new("_HID".into(), &"NCEL0001");
+    // The name of the specification, and the shorter one that Linux and Hyper-V also use.
+    let names = Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"]);
+    let cid = Name::new("_CID".into(), &names);
     let ddn = Name::new("_DDN".into(), &"VM_Gen_Counter");
     let (low, high) = (address as u32, (address >> 32) as u32);
     let package = Package::new(vec![&low, &high]);

@@ -101,7 +101,7 @@ impl Topology {
             return Err(CpuidError::Vcpus(vcpus));
         }
         let threads = if config.smt && vcpus > 1 { 2 } else { 1 };
-        if vcpus % threads != 0 {
+        if !vcpus.is_multiple_of(threads) {
             return Err(CpuidError::OddThreads(vcpus));
         }
         Ok(Self {
@@ -161,6 +161,9 @@ impl Cpuid {
     ) -> Result<Self, CpuidError> {
         let mut table =
             Self { entries: supported.to_vec(), vendor: Vendor::Intel, topology: Topology::new(config)? };
+        if supported.len() > kvm_bindings::KVM_MAX_CPUID_ENTRIES {
+            return Err(CpuidError::TooLong(supported.len()));
+        }
         for leaf in [0, 1] {
             table.entry(leaf, 0).ok_or(CpuidError::NoLeaf(leaf))?;
         }
@@ -174,6 +177,10 @@ impl Cpuid {
         table.set_extended_topology();
         table.set_hypervisor(config);
         table.set_brand();
+        // What is not in the table reads as zero, and KVM looks through the table at every
+        // CPUID. The leaves whose ids are patched later stay.
+        let used = |e: &kvm_cpuid_entry2| (e.eax | e.ebx | e.ecx | e.edx) != 0;
+        table.entries.retain(|e| used(e) || matches!(e.function, 0 | 1 | 0x8000_001e));
         if table.entries.len() > kvm_bindings::KVM_MAX_CPUID_ENTRIES {
             return Err(CpuidError::TooLong(table.entries.len()));
         }
@@ -347,21 +354,27 @@ impl Cpuid {
         if let Some(e) = self.entry_mut(0x8000_0008, 0) {
             e.ecx = e.ecx & !0xf0ff | (vcpus - 1) | u32::from(topology.package_bits) << 12;
         }
-        // Linux 6.9 and later prefer this leaf; without it they take 0xb, which is right.
-        self.remove(&[0x8000_0026, 0x8000_001d]);
-        let extended = self.entry(0x8000_0001, 0).is_some_and(|e| e.ecx & AMD1_ECX_TOPOEXT != 0);
-        if !extended {
-            self.remove(&[0x8000_001e]);
+        // A core has four caches; eight leave room for what comes.
+        let caches: Vec<[u32; 4]> = (0..8)
+            .map(|subleaf| match self.entry(0x8000_001d, subleaf) {
+                Some(e) => [e.eax, e.ebx, e.ecx, e.edx],
+                None => host(0x8000_001d, subleaf),
+            })
+            .take_while(|leaf| leaf[0] & 0x1f != 0)
+            .collect();
+        // Linux 6.9 and later prefer 0x80000026; without it they take 0xb, which is right.
+        self.remove(&[0x8000_0026, 0x8000_001d, 0x8000_001e]);
+        if caches.is_empty() {
             return;
         }
-        // A core has four caches; eight leaves room for what comes.
-        for subleaf in 0..8 {
-            let [eax, ebx, ecx, edx] = host(0x8000_001d, subleaf);
-            if eax & 0x1f == 0 {
-                break;
-            }
+        for (subleaf, [eax, ebx, ecx, edx]) in (0..).zip(caches) {
             let eax = eax & 0x3fff | sharing(topology, eax) << 14;
             self.put(0x8000_001d, subleaf, true, [eax, ebx, ecx, edx]);
+        }
+        // Both leaves are ours, whether the host (an emulated one) says that it has them or not,
+        // and threads of a core exist for Linux only with this flag.
+        if let Some(e) = self.entry_mut(0x8000_0001, 0) {
+            e.ecx |= AMD1_ECX_TOPOEXT;
         }
         let threads = u32::from(topology.threads - 1) << 8;
         self.put(0x8000_001e, 0, false, [0, threads, 0, 0]);
@@ -378,7 +391,7 @@ impl Cpuid {
                 continue;
             }
             let levels = [
-                [u32::from(thread_bits), u32::from(threads), 0 | 1 << 8, 0],
+                [u32::from(thread_bits), u32::from(threads), 1 << 8, 0],
                 [u32::from(package_bits), u32::from(vcpus), 1 | 2 << 8, 0],
                 [0, 0, 2, 0],
             ];

@@ -1,9 +1,7 @@
 use super::*;
 
 fn state() -> VcpuState {
-    let mut regs = kvm_regs::default();
-    regs.rip = 0x10_0000;
-    regs.rax = 7;
+    let regs = kvm_regs { rip: 0x10_0000, rax: 7, ..Default::default() };
     VcpuState {
         mp_state: kvm_mp_state { mp_state: 3 },
         regs,
