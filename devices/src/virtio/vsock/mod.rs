@@ -220,3 +220,6 @@ impl VirtioDevice for Vsock {
         self.counters.list()
     }
 }
+
+#[cfg(test)]
+mod tests;

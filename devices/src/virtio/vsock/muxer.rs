@@ -337,9 +337,9 @@ impl Muxer {
             Stage::Greeting => return self.greet(id, closed),
             Stage::Dialing(_) | Stage::Requested => {}
             Stage::Open | Stage::Orphan => {
-                if closed && stream.heard & SHUT_RECEIVE != 0 {
-                    // Nobody will read the end; take it as read.
-                    stream.ended = true;
+                // Where the guest does not receive, nobody reads up to the end: take it as read.
+                stream.ended |= hung_up && stream.heard & SHUT_RECEIVE != 0;
+                if stream.ended {
                     stream.announce_end();
                 }
                 if events.contains(EventSet::OUT) || (hung_up && stream.is_waiting()) {

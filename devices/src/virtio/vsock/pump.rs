@@ -162,8 +162,8 @@ impl Pump {
         }
         // While something is awaited of the guest, ask for a doorbell.
         if self.muxer.reset_pending || self.muxer.is_settling() {
-            let waiting = events.queue.arm();
-            if waiting && self.muxer.reset_pending && events.broken.is_none() {
+            let more = events.listen();
+            if more && self.muxer.reset_pending && events.broken.is_none() {
                 self.tell_events();
             }
         } else {
@@ -196,6 +196,19 @@ impl Events {
             }
         }
         Ok(false)
+    }
+
+    /// Asks for a doorbell for the next buffer the guest adds, behind those that wait; true
+    /// when some wait.
+    fn listen(&mut self) -> bool {
+        let mut passed = 0;
+        // A doorbell is asked for at the place the device has come to, so come to the end.
+        while self.queue.pop(&mut self.chain).is_ok_and(|taken| taken) {
+            passed += 1;
+        }
+        let more = self.queue.arm();
+        self.queue.undo_pop(passed);
+        more || passed > 0
     }
 }
 

@@ -168,10 +168,15 @@ impl Stream {
         }
     }
 
-    /// Whether there is something to do for it now: a packet is owed, or bytes may be read and
-    /// the guest has room for them.
+    /// Whether there is something to do for it now: a packet is owed, bytes may be read and
+    /// the guest has room for them, or that lack of room is to be timed.
     pub fn has_work(&self) -> bool {
-        self.owed.any() || (self.wants_to_read() && self.credit.allowance() > 0)
+        self.owed.any() || (self.wants_to_read() && (self.credit.allowance() > 0 || self.is_stalled()))
+    }
+
+    /// The host may have bytes, the guest has no room for them, and no clock runs for that yet.
+    pub fn is_stalled(&self) -> bool {
+        self.wants_to_read() && self.credit.allowance() == 0 && !self.asked && self.deadline.is_none()
     }
 
     /// Whether bytes of the host may be on their way to the guest.
@@ -350,6 +355,14 @@ pub unsafe fn read_socket(fd: RawFd, iovecs: &[libc::iovec]) -> io::Result<usize
             },
         }
     }
+}
+
+/// Whether both directions of a socket are over, as after the other side closed it.
+pub fn is_hung_up(fd: RawFd) -> bool {
+    let mut asked = libc::pollfd { fd, events: 0, revents: 0 };
+    // SAFETY: one valid entry, and no waiting.
+    let ready = unsafe { libc::poll(&raw mut asked, 1, 0) };
+    ready == 1 && asked.revents & (libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// What a connection needs of the device around it.

@@ -13,7 +13,7 @@ use crate::{
     virtio::vsock::{
         packet::{SHUT_BOTH, op},
         rings::Outlet,
-        stream::{Stream, read_socket},
+        stream::{Stream, is_hung_up, read_socket},
     },
 };
 
@@ -97,9 +97,8 @@ impl Muxer {
         if !say_last(stream, cid, outlet, &self.counters.to_guest_packets) {
             return Turn::Starved;
         }
-        let both_told = stream.told == SHUT_BOTH;
-        let stalled = stream.wants_to_read() && stream.credit.allowance() == 0 && !stream.asked;
-        if stream.deadline.is_none() && (both_told || stalled) {
+        let unconfirmed = stream.told == SHUT_BOTH && stream.deadline.is_none();
+        if unconfirmed || stream.is_stalled() {
             self.set_deadline(slot, Instant::now() + VSOCK_TIMEOUT);
         }
         Turn::Done
@@ -176,7 +175,11 @@ fn send_data(stream: &mut Stream, cid: u64, outlet: &mut Outlet) -> Option<usize
     // SAFETY: the outlet passes buffers of the guest, which the device may write.
     let read = |pieces: &[libc::iovec]| unsafe { read_socket(fd, pieces) };
     match outlet.data(want, read, |len| stream.header(cid, op::DATA, len))? {
-        Ok(0) => stream.ended = true,
+        Ok(0) => {
+            stream.ended = true;
+            // A host that closed says so in one packet instead of two.
+            stream.deaf |= is_hung_up(fd);
+        }
         Ok(got) => {
             stream.credit.send(got as u32);
             return Some(got);
