@@ -1,2 +1,7 @@
-//! nacelle.
-fn main() {}
+//! The `nacelle` command. Called as `firecracker` it is `nacelle vmm`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    nacelle::cli::main()
+}

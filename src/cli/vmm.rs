@@ -1,0 +1,249 @@
+//! `nacelle vmm`: one machine monitor, one process, one machine.
+//!
+//! The arguments are Firecracker's. This is the start path that every machine takes, so it
+//! reads its few flags itself and starts nothing it does not need.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use api::{
+    Fault, FaultKind, Spec,
+    spec::{LogLevel, Logger, Transport},
+};
+
+use crate::{
+    controller::{Controller, Mailbox},
+    logger,
+    metrics::{Milestone, Milestones},
+    signals::{self, Signals},
+    vm::{Ending, build},
+};
+
+const USAGE: &str = "\
+Run one machine, described by a configuration file
+
+Usage: nacelle vmm --no-api --config-file FILE [OPTIONS]
+
+Options:
+      --config-file FILE   The machine, as JSON in Firecracker's format
+      --no-api             Serve no API socket; start the machine at once
+      --id ID              Name of the machine in its log [default: anonymous-instance]
+      --enable-pci         Attach devices through PCI instead of MMIO
+      --log-path FILE      Write the log to a file or named pipe [default: standard error]
+      --level LEVEL        Off, Error, Warning, Info, Debug or Trace [default: Warning]
+      --module PATH        Log only this module
+      --show-level         Put the level into each line
+      --show-log-origin    Put the source line into each line
+      --boot-timer         Log when the guest says it reached user space
+      --show-counters      At the end, print milestones, exits and device counters
+      --version            Print the version
+  -h, --help               Print this help";
+
+/// Exit code for arguments that cannot be understood (Firecracker's).
+pub const EXIT_ARGUMENTS: u8 = 153;
+/// Exit code for a configuration that cannot be built (Firecracker's).
+pub const EXIT_CONFIGURATION: u8 = 152;
+
+#[derive(Debug, Default)]
+struct Arguments {
+    config_file: Option<PathBuf>,
+    no_api: bool,
+    id: Option<String>,
+    enable_pci: bool,
+    log: Logger,
+    log_given: bool,
+    boot_timer: bool,
+    show_counters: bool,
+    show: Option<String>,
+}
+
+/// Runs the monitor with the arguments after `vmm`.
+pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
+    let milestones = Arc::new(Milestones::default());
+    milestones.reached(Milestone::Exec);
+    let arguments = match parse(arguments) {
+        Ok(arguments) => arguments,
+        Err(text) => {
+            eprintln!("nacelle vmm: {text}\nTry 'nacelle vmm --help'");
+            return ExitCode::from(EXIT_ARGUMENTS);
+        }
+    };
+    if let Some(text) = &arguments.show {
+        println!("{text}");
+        return ExitCode::SUCCESS;
+    }
+    match run(&arguments, &milestones) {
+        Ok(ending) => leave(ending.exit_code()),
+        Err(fault) => {
+            super::print_fault(&fault);
+            // A thread may still sit in a device; the process ends all the same.
+            leave(EXIT_CONFIGURATION.into())
+        }
+    }
+}
+
+/// Ends the process without unwinding what the kernel takes back faster by itself.
+fn leave(code: i32) -> ! {
+    super::terminal::restore();
+    // SAFETY: nothing of this process is used afterwards; output was written unbuffered or
+    // flushed line by line.
+    unsafe { libc::_exit(code) }
+}
+
+fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fault> {
+    let invalid = |text: &str| Fault::new(FaultKind::Invalid, text);
+    let path = arguments.config_file.as_ref().ok_or_else(|| invalid("--config-file is missing"))?;
+    if !arguments.no_api {
+        return Err(invalid("This version serves no API socket yet; give --no-api"));
+    }
+    let mut spec = read(path)?;
+    if arguments.enable_pci {
+        spec.machine_config.transport = Transport::Pci;
+    }
+    let id = arguments.id.as_deref().unwrap_or("anonymous-instance");
+    let log = if arguments.log_given { Some(&arguments.log) } else { spec.logger.as_ref() };
+    logger::start(id, log.unwrap_or(&arguments.log)).map_err(|e| Fault {
+        kind: FaultKind::Invalid,
+        message: "The log cannot be opened".to_owned(),
+        causes: vec![e.to_string()],
+    })?;
+    milestones.reached(Milestone::Configured);
+
+    let internal = |e: std::io::Error| Fault::from_error(FaultKind::Internal, &e);
+    let signals = Signals::block(&signals::ENDING).map_err(internal)?;
+    let mailbox = Mailbox::new().map_err(internal)?;
+    let report = mailbox.handle();
+    let plan = build::Plan {
+        spec: &spec,
+        milestones: Arc::clone(milestones),
+        ended: Arc::new(move |ending| report.ended(ending)),
+        keyboard: false,
+        boot_timer: arguments.boot_timer,
+    };
+    let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
+    milestones.reached(Milestone::Built);
+    let mut controller = Controller::new(id.to_owned(), vm, mailbox, signals);
+    controller.start()?;
+    let ending = controller.run().map_err(internal)?;
+    match &ending {
+        Ending::Broken(_) => eprintln!("nacelle vmm: {}", ending.reason()),
+        _ => log::info!("{}", ending.reason()),
+    }
+    if arguments.show_counters {
+        print_counters(controller.vm());
+    }
+    Ok(ending)
+}
+
+fn read(path: &std::path::Path) -> Result<Spec, Fault> {
+    use std::io::Read;
+    let fail = |e: std::io::Error| Fault {
+        kind: FaultKind::Invalid,
+        message: format!("Configuration file {} cannot be read", path.display()),
+        causes: vec![e.to_string()],
+    };
+    let mut text = String::new();
+    let limit = api::spec::CONFIG_FILE_MAX as u64 + 1;
+    std::fs::File::open(path).and_then(|f| f.take(limit).read_to_string(&mut text)).map_err(fail)?;
+    Spec::from_json(path, &text)
+}
+
+fn print_counters(vm: &crate::vm::Vm) {
+    for (name, microseconds) in vm.milestones().since_exec() {
+        eprintln!("milestone {name} {microseconds} us");
+    }
+    for (kind, count) in vm.exits() {
+        eprintln!("exits {kind} {count}");
+    }
+    for (device, counter, count) in vm.counters() {
+        eprintln!("device {device} {counter} {count}");
+    }
+}
+
+fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
+    const FLAGS: [&str; 13] = [
+        "--config-file",
+        "--no-api",
+        "--id",
+        "--enable-pci",
+        "--log-path",
+        "--level",
+        "--module",
+        "--show-level",
+        "--show-log-origin",
+        "--boot-timer",
+        "--show-counters",
+        "--version",
+        "--help",
+    ];
+    let mut parsed =
+        Arguments { log: Logger { level: LogLevel::Warning, ..Logger::default() }, ..Arguments::default() };
+    let mut rest = arguments;
+    while let Some(argument) = rest.next() {
+        let (flag, inline) = match argument.split_once('=') {
+            Some((flag, value)) => (flag.to_owned(), Some(value.to_owned())),
+            None => (argument, None),
+        };
+        let mut value =
+            || inline.clone().or_else(|| rest.next()).ok_or_else(|| format!("{flag} needs a value"));
+        match flag.as_str() {
+            "--config-file" => parsed.config_file = Some(value()?.into()),
+            "--id" => parsed.id = Some(id(&value()?)?),
+            "--log-path" => parsed.log.log_path = Some(value()?.into()),
+            "--level" => parsed.log.level = level(&value()?)?,
+            "--module" => parsed.log.module = Some(value()?),
+            "--no-api" => parsed.no_api = true,
+            "--enable-pci" => parsed.enable_pci = true,
+            "--show-level" => parsed.log.show_level = true,
+            "--show-log-origin" => parsed.log.show_log_origin = true,
+            "--boot-timer" => parsed.boot_timer = true,
+            "--show-counters" => parsed.show_counters = true,
+            "--version" | "-V" => parsed.show = Some(format!("nacelle {}", env!("CARGO_PKG_VERSION"))),
+            "--help" | "-h" => parsed.show = Some(USAGE.to_owned()),
+            other => {
+                let hint = api::nearest(other, FLAGS).map(|f| format!("; did you mean {f}?"));
+                return Err(format!("Unknown argument {other:?}{}", hint.unwrap_or_default()));
+            }
+        }
+        parsed.log_given |= matches!(flag.as_str(), "--log-path" | "--level" | "--module");
+        parsed.log_given |= flag.starts_with("--show-l");
+    }
+    Ok(parsed)
+}
+
+fn level(word: &str) -> Result<LogLevel, String> {
+    serde_json::from_value(serde_json::Value::String(word.to_owned()))
+        .map_err(|_| format!("--level is {word:?}; it must be Off, Error, Warning, Info, Debug or Trace"))
+}
+
+fn id(word: &str) -> Result<String, String> {
+    let fine = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    if word.is_empty() || word.len() > 64 || !word.chars().all(fine) {
+        return Err(format!("--id is {word:?}; it must be 1 to 64 letters, digits and hyphens"));
+    }
+    Ok(word.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Result<Arguments, String> {
+        parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn flags_are_firecrackers() {
+        let got = read("--no-api --config-file=m.json --id a-1 --level Debug --show-level").unwrap();
+        assert!(got.no_api && got.log.show_level && got.log_given);
+        assert_eq!(got.config_file, Some("m.json".into()));
+        assert_eq!(got.log.level, LogLevel::Debug);
+    }
+
+    #[test]
+    fn slips_are_answered_with_the_nearest_flag() {
+        assert!(read("--config-fil x").unwrap_err().contains("did you mean --config-file?"));
+        assert!(read("--id a/b").unwrap_err().contains("letters"));
+        assert!(read("--id").unwrap_err().contains("needs a value"));
+        assert!(read("--level loud").unwrap_err().contains("Trace"));
+    }
+}

@@ -1,0 +1,175 @@
+//! The loop of one vCPU: enter the guest, serve the exit, enter again.
+
+use std::sync::{Arc, atomic::Ordering::Relaxed, mpsc};
+
+use arch::state::VcpuState;
+use devices::bus::Bus;
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::{Answer, Immediate, Order};
+use crate::{
+    metrics::{Exits, Milestone, Milestones},
+    vm::Ending,
+};
+
+/// Where the accesses of a vCPU go.
+#[derive(Clone)]
+pub struct Buses {
+    /// Memory address space.
+    pub mmio: Arc<Bus>,
+    /// Port address space.
+    pub ports: Arc<Bus>,
+    /// Stamped when a vCPU first enters the guest.
+    pub milestones: Arc<Milestones>,
+}
+
+/// What the loop does next.
+enum Next {
+    Enter,
+    Obey,
+    End(Ending),
+}
+
+/// One vCPU, owned by its thread.
+pub struct Vcpu {
+    fd: VcpuFd,
+    buses: Buses,
+    ended: Arc<dyn Fn(Ending) + Send + Sync>,
+    exits: Arc<Exits>,
+}
+
+impl Vcpu {
+    /// A vCPU that has its first state.
+    pub fn new(
+        fd: VcpuFd,
+        buses: Buses,
+        ended: Arc<dyn Fn(Ending) + Send + Sync>,
+        exits: Arc<Exits>,
+    ) -> Vcpu {
+        Vcpu { fd, buses, ended, exits }
+    }
+
+    /// Obeys orders until told to finish or until nobody is left to give any. The descriptor
+    /// is returned rather than dropped: its shared page must outlive every kick.
+    pub fn obey(
+        mut self,
+        inbox: &mpsc::Receiver<Order>,
+        outbox: &mpsc::Sender<Answer>,
+        immediate: Immediate,
+    ) -> VcpuFd {
+        let mut running = false;
+        loop {
+            let order = if running { self.run_until_order(inbox) } else { inbox.recv().ok() };
+            let told = match order {
+                None | Some(Order::Finish) => return self.fd,
+                Some(Order::Run) => {
+                    running = true;
+                    self.buses.milestones.reached(Milestone::FirstRun);
+                    continue;
+                }
+                Some(Order::Pause) => {
+                    self.settle();
+                    running = false;
+                    Answer::Paused
+                }
+                Some(Order::Save(shape)) => Answer::Saved(VcpuState::save(&self.fd, &shape).map(Box::new)),
+                Some(Order::Load(shape, state)) => Answer::Loaded(state.load(&self.fd, &shape)),
+            };
+            immediate.set(0);
+            if outbox.send(told).is_err() {
+                return self.fd;
+            }
+        }
+    }
+
+    /// Runs the guest until an order arrives. A guest that ended is not entered again.
+    fn run_until_order(&mut self, inbox: &mpsc::Receiver<Order>) -> Option<Order> {
+        loop {
+            match self.enter() {
+                Next::Enter => {}
+                Next::Obey => match inbox.try_recv() {
+                    Ok(order) => return Some(order),
+                    Err(mpsc::TryRecvError::Disconnected) => return None,
+                    // A stray signal: nothing was ordered.
+                    Err(mpsc::TryRecvError::Empty) => {}
+                },
+                Next::End(ending) => {
+                    (self.ended)(ending);
+                    return inbox.recv().ok();
+                }
+            }
+        }
+    }
+
+    fn enter(&mut self) -> Next {
+        match self.fd.run() {
+            Ok(exit) => match exit {
+                VcpuExit::IoOut(port, data) => {
+                    self.exits.port.fetch_add(1, Relaxed);
+                    self.buses.ports.write(port.into(), data);
+                    Next::Enter
+                }
+                VcpuExit::IoIn(port, data) => {
+                    self.exits.port.fetch_add(1, Relaxed);
+                    self.buses.ports.read(port.into(), data);
+                    Next::Enter
+                }
+                VcpuExit::MmioWrite(address, data) => {
+                    self.exits.mmio.fetch_add(1, Relaxed);
+                    self.buses.mmio.write(address, data);
+                    Next::Enter
+                }
+                VcpuExit::MmioRead(address, data) => {
+                    self.exits.mmio.fetch_add(1, Relaxed);
+                    self.buses.mmio.read(address, data);
+                    Next::Enter
+                }
+                other => {
+                    self.exits.other.fetch_add(1, Relaxed);
+                    end_of(&other)
+                }
+            },
+            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
+                self.exits.kicked.fetch_add(1, Relaxed);
+                // `immediate_exit` stays set until an order was obeyed; without one it must
+                // not keep the vCPU out of the guest.
+                self.fd.set_kvm_immediate_exit(0);
+                Next::Obey
+            }
+            Err(e) => Next::End(Ending::Broken(format!("KVM cannot run the vCPU: {e}"))),
+        }
+    }
+
+    /// Completes an access that the vCPU left the guest for: one entry that returns at once.
+    fn settle(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        // The answer is EINTR by design; the pending access was completed on the way.
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+    }
+}
+
+/// What an exit that is no access means.
+fn end_of(exit: &VcpuExit<'_>) -> Next {
+    match exit {
+        // With in-kernel interrupt controllers KVM handles HLT itself; this is a guest that
+        // waits for something while it cannot be woken.
+        VcpuExit::Hlt => Next::End(Ending::Halted),
+        VcpuExit::Shutdown => Next::End(Ending::TripleFault),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Next::End(Ending::Off),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Next::End(Ending::Reset),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _) => {
+            Next::End(Ending::Broken("The guest reported a crash".to_owned()))
+        }
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen => Next::Obey,
+        VcpuExit::FailEntry(reason, cpu) => {
+            let text = format!("The processor refused to enter the guest: reason {reason:#x} on CPU {cpu}");
+            Next::End(Ending::Broken(text))
+        }
+        VcpuExit::InternalError => {
+            Next::End(Ending::Broken("KVM met an instruction or state it cannot emulate".to_owned()))
+        }
+        other => Next::End(Ending::Broken(format!("KVM left the guest for an unknown reason: {other:?}"))),
+    }
+}

@@ -1,0 +1,170 @@
+//! Puts devices where the guest finds them: on a transport, at an address, with an interrupt.
+//!
+//! Memory-mapped devices get a page of the first MMIO window and an interrupt line each; PCI
+//! functions get a slot, a BAR in the second window, and messages. Which of the two is chosen
+//! once for a machine. The tables the guest reads (ACPI) are made from the same record, so
+//! they cannot disagree with what is there.
+
+use std::{ops::Range, sync::Arc};
+
+use arch::{acpi, layout};
+use devices::{
+    Memory,
+    bus::{Bus, BusError},
+    host::Host,
+    pci::root::{Root, SLOTS, SlotError},
+    virtio::{
+        DeviceError, VirtioDevice,
+        core::Transport,
+        mmio::{self, MmioTransport},
+        pci::{BAR_LENGTH, PciTransport},
+    },
+    worker::Worker,
+};
+
+/// Why a device could not be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// All interrupt lines, pages or slots are taken.
+    #[error("There is no room for device {name:?}: {room} fit on {bus}")]
+    Full {
+        /// The device.
+        name: String,
+        /// How many fit.
+        room: usize,
+        /// On which bus.
+        bus: &'static str,
+    },
+    /// The transport could not be made.
+    #[error("Device {name:?} cannot be attached")]
+    Transport {
+        /// The device.
+        name: String,
+        /// Why.
+        #[source]
+        source: DeviceError,
+    },
+    /// Its slot is taken.
+    #[error("Device {name:?} cannot be attached")]
+    Slot {
+        /// The device.
+        name: String,
+        /// Why.
+        #[source]
+        source: SlotError,
+    },
+    /// Its address is taken.
+    #[error("Device {name:?} cannot be attached")]
+    Bus {
+        /// The device.
+        name: String,
+        /// Why.
+        #[source]
+        source: BusError,
+    },
+}
+
+/// The places of one machine, and what stands in them.
+pub struct Places {
+    memory: Memory,
+    host: Arc<dyn Host>,
+    mmio: Arc<Bus>,
+    worker: Worker,
+    lines: Range<u32>,
+    pages: Vec<acpi::VirtioMmio>,
+    pci: Option<Arc<Root>>,
+    devices: Vec<(String, Arc<dyn Transport>)>,
+}
+
+impl Places {
+    /// All places free. With `pci`, devices go there instead of to memory-mapped pages.
+    pub fn new(memory: Memory, host: Arc<dyn Host>, mmio: Arc<Bus>, pci: Option<Arc<Root>>) -> Places {
+        Places {
+            memory,
+            host,
+            mmio,
+            worker: Worker::new("devices"),
+            lines: layout::INTERRUPT_LINES,
+            pages: Vec::new(),
+            pci,
+            devices: Vec::new(),
+        }
+    }
+
+    /// Takes the next free interrupt line.
+    pub fn line(&mut self) -> Option<u32> {
+        self.lines.next()
+    }
+
+    /// Attaches `device` under `name` in the next free place.
+    pub fn attach(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<(), AttachError> {
+        let transport = match self.pci.clone() {
+            Some(root) => self.attach_pci(name, device, &root)?,
+            None => self.attach_mmio(name, device)?,
+        };
+        self.devices.push((name.to_owned(), transport));
+        Ok(())
+    }
+
+    fn attach_mmio(
+        &mut self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<Arc<dyn Transport>, AttachError> {
+        let room = layout::INTERRUPT_LINES.len();
+        let full = || AttachError::Full { name: name.to_owned(), room, bus: "the MMIO transport" };
+        let line = self.lines.next().ok_or_else(full)?;
+        // The first page of the window belongs to the boot timer.
+        let base = layout::MMIO_WINDOW.start + mmio::LENGTH * (self.pages.len() as u64 + 1);
+        let transport = MmioTransport::new(
+            device,
+            self.memory.clone(),
+            self.worker.clone(),
+            Arc::clone(&self.host),
+            base,
+            line,
+        )
+        .map_err(|source| AttachError::Transport { name: name.to_owned(), source })?;
+        self.mmio
+            .insert(base, mmio::LENGTH, transport.clone())
+            .map_err(|source| AttachError::Bus { name: name.to_owned(), source })?;
+        self.pages.push(acpi::VirtioMmio { base: base as u32, len: mmio::LENGTH as u32, line });
+        Ok(transport)
+    }
+
+    fn attach_pci(
+        &mut self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        root: &Root,
+    ) -> Result<Arc<dyn Transport>, AttachError> {
+        let room = usize::from(SLOTS) - 1;
+        let full = || AttachError::Full { name: name.to_owned(), room, bus: "PCI bus 0" };
+        let slot = root.free_slot().ok_or_else(full)?;
+        let bar = layout::PCI_WINDOW_32.start + BAR_LENGTH * u64::from(slot);
+        let fail = |source| AttachError::Transport { name: name.to_owned(), source };
+        let transport = PciTransport::new(
+            device,
+            self.memory.clone(),
+            self.worker.clone(),
+            Arc::clone(&self.host),
+            &self.mmio,
+            slot,
+            bar,
+        )
+        .map_err(fail)?;
+        root.add(slot, transport.clone())
+            .map_err(|source| AttachError::Slot { name: name.to_owned(), source })?;
+        Ok(transport)
+    }
+
+    /// What the guest's tables say about memory-mapped devices.
+    pub fn pages(&self) -> &[acpi::VirtioMmio] {
+        &self.pages
+    }
+
+    /// The devices, by name, in the order the guest finds them.
+    pub fn into_devices(self) -> Vec<(String, Arc<dyn Transport>)> {
+        self.devices
+    }
+}

@@ -1,0 +1,358 @@
+//! From a specification to a machine: the only builder.
+//!
+//! Boot, restore, clone and migration all come through here and differ in what is loaded
+//! afterwards. The order is the one the parent module argues for.
+
+use std::{
+    os::fd::{FromRawFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use api::{FaultKind, Spec, spec};
+use arch::{
+    acpi, boot, cpuid, irqchip,
+    kernel::{BootError, BootFile, CommandLine, What},
+    layout, regs,
+};
+use devices::{
+    bus::{Bus, BusError},
+    host::Host,
+    legacy::{
+        i8042::{self, I8042},
+        power::{self, Power, PowerEvent},
+    },
+    pci::root::Root,
+    virtio::{VirtioDevice, block, net, rng, vsock},
+};
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Kvm, VcpuFd};
+
+use super::{
+    Ending, Vm,
+    attach::{AttachError, Places},
+    console::{ConsoleError, Consoles},
+    host::KvmHost,
+    kvm::{self, KvmError},
+    memory::{self, MemoryError},
+};
+use crate::{
+    metrics::Milestones,
+    vcpu::{Buses, VcpuError, Vcpus},
+};
+
+/// What to build, and who is told.
+pub struct Plan<'a> {
+    /// The machine.
+    pub spec: &'a Spec,
+    /// Stamped on the way.
+    pub milestones: Arc<Milestones>,
+    /// Called, from any thread, when the guest ends.
+    pub ended: Arc<dyn Fn(Ending) + Send + Sync>,
+    /// Show a keyboard controller, so that Ctrl+Alt+Del can be pressed. A guest spends some
+    /// thirty exits on finding it, so it is there only where somebody can press.
+    pub keyboard: bool,
+    /// Put the boot timer's register in its place.
+    pub boot_timer: bool,
+}
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Processors.
+    #[error("The machine's processors cannot be made")]
+    Processors(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// vCPU threads.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// Firmware tables.
+    #[error(transparent)]
+    Acpi(#[from] acpi::AcpiError),
+    /// A device with what it stands for on the host.
+    #[error("{what} cannot be set up")]
+    Device {
+        /// Which one.
+        what: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A place for a device.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// A console's far end.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// Two things at one address.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// An interrupt line.
+    #[error("Interrupt line {0} cannot be had")]
+    Line(u32, #[source] std::io::Error),
+}
+
+impl BuildError {
+    /// Whose fault it is: nearly always the specification's or the host's.
+    pub fn kind(&self) -> FaultKind {
+        match self {
+            BuildError::Kvm(KvmError::Call { .. }) | BuildError::Bus(_) | BuildError::Vcpu(_) => {
+                FaultKind::Internal
+            }
+            BuildError::Kvm(_) => FaultKind::Unsupported,
+            _ => FaultKind::Invalid,
+        }
+    }
+}
+
+fn processors<E: std::error::Error + Send + Sync + 'static>(error: E) -> BuildError {
+    BuildError::Processors(Box::new(error))
+}
+
+/// Builds the machine that `plan` describes, with its kernel in memory. Nothing runs yet.
+pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
+    let spec = plan.spec;
+    let config = &spec.machine_config;
+    // The files come first: a missing one is the likeliest mistake and the cheapest to find.
+    let files = Files::open(spec)?;
+    let kvm = kvm::open()?;
+    let vm = kvm::create_vm(&kvm)?;
+    let memory = memory::map(config)?;
+    memory::register(&vm, &memory, config.track_dirty_pages)?;
+    irqchip::create(&vm).map_err(processors)?;
+    let fds = (0..u64::from(config.vcpu_count))
+        .map(|index| vm.create_vcpu(index).map_err(kvm::call("create a vCPU")))
+        .collect::<Result<Vec<_>, _>>()?;
+    let cpuid = cpuid_of(&kvm, config, fds.first())?;
+    let host = Arc::new(KvmHost::new(vm));
+
+    let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+    let root = (config.transport == spec::Transport::Pci).then(|| Arc::new(Root::new()));
+    if let Some(root) = &root {
+        mmio.insert(layout::ECAM.start, layout::ECAM_BUS, root.clone())?;
+    }
+    let mut places = Places::new(memory.clone(), host.clone(), mmio.clone(), root.clone());
+    let platform = Platform::build(plan, &host, &ports, &mut places)?;
+    let (serial, consoles) = Consoles::open(spec, &*host, &ports, &mut places)?;
+    attach_devices(spec, &mut places)?;
+
+    let sleep = acpi::Sleep { control: port(power::SLEEP_CONTROL), status: port(power::SLEEP_STATUS) };
+    let events = acpi::Events { line: platform.line, status: port(power::EVENT_STATUS) };
+    let rsdp = acpi::write(
+        &memory,
+        &acpi::Description {
+            vcpus: config.vcpu_count,
+            serial: &serial,
+            virtio_mmio: places.pages(),
+            pci: root.is_some().then(pci_host),
+            reset: Some((port(power::RESET), power::RESET_VALUE)),
+            sleep: Some(sleep),
+            events: Some(events),
+            power_button: true,
+            i8042: platform.keyboard.is_some(),
+            ..Default::default()
+        },
+    )?;
+    let loaded = boot::load(
+        &memory,
+        boot::Payload {
+            kernel: &files.kernel,
+            initrd: files.initrd.as_ref(),
+            command_line: &command_line(spec)?,
+            entry: boot::EntryChoice::Auto,
+            ram: config.mem_size_mib << 20,
+            rsdp: Some(rsdp),
+        },
+    )?;
+    for (index, fd) in (0..).zip(&fds) {
+        let cpuid = cpuid.for_vcpu(index).map_err(processors)?;
+        regs::configure_vcpu(fd, index, &cpuid, &loaded).map_err(processors)?;
+    }
+    let buses = Buses { mmio, ports, milestones: Arc::clone(&plan.milestones) };
+    Ok(Vm {
+        vcpus: Vcpus::spawn(fds, &buses, &plan.ended)?,
+        devices: places.into_devices(),
+        power: platform.power,
+        keyboard: platform.keyboard,
+        milestones: Arc::clone(&plan.milestones),
+        _memory: memory,
+        _consoles: consoles,
+        _host: host,
+    })
+}
+
+/// What is read from files before anything is built.
+struct Files {
+    kernel: BootFile,
+    initrd: Option<BootFile>,
+}
+
+impl Files {
+    fn open(spec: &Spec) -> Result<Files, BootError> {
+        let source = &spec.boot_source;
+        let open_initrd = |path: &PathBuf| BootFile::open(What::Initrd, path);
+        Ok(Files {
+            kernel: BootFile::open(What::Kernel, &source.kernel_image_path)?,
+            initrd: source.initrd_path.as_ref().map(open_initrd).transpose()?,
+        })
+    }
+}
+
+fn cpuid_of(
+    kvm: &Kvm,
+    config: &spec::MachineConfig,
+    first: Option<&VcpuFd>,
+) -> Result<cpuid::Cpuid, BuildError> {
+    let offered = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm::call("tell what its processors can do"))?;
+    let wanted = cpuid::CpuConfig {
+        vcpus: config.vcpu_count,
+        smt: config.smt,
+        // A host that cannot tell leaves the guest to measure.
+        tsc_khz: first.and_then(|fd| fd.get_tsc_khz().ok()),
+        pmu: false,
+        nested: false,
+    };
+    cpuid::Cpuid::normalise(&offered, &wanted).map_err(processors)
+}
+
+/// What every machine has besides its processors and devices.
+struct Platform {
+    power: Arc<Power>,
+    keyboard: Option<Arc<I8042>>,
+    line: u32,
+}
+
+impl Platform {
+    fn build(
+        plan: &Plan<'_>,
+        host: &Arc<KvmHost>,
+        ports: &Bus,
+        places: &mut Places,
+    ) -> Result<Platform, BuildError> {
+        let ended = Arc::clone(&plan.ended);
+        let callback: power::PowerCallback = Arc::new(move |event| {
+            ended(match event {
+                PowerEvent::Off => Ending::Off,
+                PowerEvent::Reset => Ending::Reset,
+            });
+        });
+        let line_of = |gsi| host.line(gsi).map_err(|e| BuildError::Line(gsi, e));
+        // The first free line: nothing was attached yet.
+        let line = places.line().unwrap_or(layout::INTERRUPT_LINES.start);
+        let power = Arc::new(Power::new(callback.clone(), line_of(line)?));
+        ports.insert(power::BASE.into(), power::LEN.into(), power.clone())?;
+        // The controller answers in any case, because `reboot=k` resets through it; shown to
+        // the guest, and so probed, it is only where somebody can press its keys.
+        let keyboard = Arc::new(I8042::new(callback, line_of(i8042::GSI)?));
+        ports.insert(i8042::BASE.into(), i8042::LEN.into(), keyboard.clone())?;
+        Ok(Platform { power, keyboard: plan.keyboard.then_some(keyboard), line })
+    }
+}
+
+fn attach_devices(spec: &Spec, places: &mut Places) -> Result<(), BuildError> {
+    // The root device is the first disk, because the command line calls it /dev/vda.
+    let (roots, others): (Vec<_>, Vec<_>) = spec.drives.iter().partition(|d| d.is_root_device);
+    for drive in roots.into_iter().chain(others) {
+        let disk =
+            block::Block::new(block_config(drive)).map_err(named(format!("Drive {:?}", drive.drive_id)))?;
+        places.attach(&drive.drive_id, Box::new(disk))?;
+    }
+    for interface in &spec.network_interfaces {
+        let what = format!("Network interface {:?}", interface.iface_id);
+        let config = net_config(interface).map_err(named(what.clone()))?;
+        let card = net::Net::new(config).map_err(named(what))?;
+        places.attach(&interface.iface_id, Box::new(card))?;
+    }
+    if let Some(vsock) = &spec.vsock {
+        let config = vsock::VsockConfig { guest_cid: vsock.guest_cid, uds_path: vsock.uds_path.clone() };
+        let device = vsock::Vsock::new(config).map_err(named("The vsock device".to_owned()))?;
+        places.attach("vsock", Box::new(device))?;
+    }
+    if spec.entropy.is_some() {
+        places.attach("entropy", Box::new(rng::Rng::new()) as Box<dyn VirtioDevice>)?;
+    }
+    Ok(())
+}
+
+fn named<E: std::error::Error + Send + Sync + 'static>(what: String) -> impl FnOnce(E) -> BuildError {
+    move |source| BuildError::Device { what, source: Box::new(source) }
+}
+
+/// The kernel command line: what was given, then what follows from the devices.
+fn command_line(spec: &Spec) -> Result<CommandLine, BootError> {
+    let given = spec.boot_source.boot_args.as_deref().unwrap_or(spec::DEFAULT_BOOT_ARGS);
+    let mut line = CommandLine::new(given)?;
+    if spec.machine_config.transport == spec::Transport::Mmio {
+        line.push("pci=off")?;
+    }
+    if let Some(root) = spec.drives.iter().find(|d| d.is_root_device) {
+        let device =
+            root.partuuid.as_ref().map_or_else(|| "/dev/vda".to_owned(), |id| format!("PARTUUID={id}"));
+        line.push(&format!("root={device} {}", if root.is_read_only { "ro" } else { "rw" }))?;
+    }
+    Ok(line)
+}
+
+fn port(number: u16) -> acpi::Register {
+    acpi::Register::Io(number)
+}
+
+fn pci_host() -> acpi::PciHost {
+    let window = layout::PCI_WINDOW_32;
+    acpi::PciHost {
+        ecam: layout::ECAM.start as u32,
+        last_bus: 0,
+        window_32: window.start as u32..window.end as u32,
+        window_64: None,
+    }
+}
+
+// The tables tell the guest which value switches the machine off; the registers must agree.
+const _: () = assert!(acpi::POWER_OFF_VALUE >> 2 & 7 == power::S5_TYPE);
+
+fn block_config(drive: &spec::Drive) -> block::BlockConfig {
+    block::BlockConfig {
+        path: drive.path_on_host.clone(),
+        read_only: drive.is_read_only,
+        cache: match drive.cache_type {
+            spec::CacheType::Unsafe => block::Cache::Unsafe,
+            spec::CacheType::Writeback => block::Cache::Writeback,
+        },
+        engine: match drive.io_engine {
+            spec::IoEngine::Sync => block::Engine::Sync,
+            spec::IoEngine::Async => block::Engine::Async,
+        },
+        direct: drive.direct,
+        id: drive.drive_id.clone(),
+        queues: drive.num_queues,
+        queue_size: drive.queue_size,
+        discard: drive.discard,
+    }
+}
+
+fn net_config(interface: &spec::NetworkInterface) -> Result<net::NetConfig, net::NotMac> {
+    let tap = match (&interface.host_dev_name, interface.host_dev_fd) {
+        // SAFETY: the specification names a descriptor that was inherited for this purpose; it
+        // is above the standard ones and nothing else in this process uses it.
+        (_, Some(fd)) => net::TapSource::Descriptors(vec![unsafe { OwnedFd::from_raw_fd(fd) }]),
+        (name, None) => net::TapSource::Name { name: name.clone().unwrap_or_default(), create: false },
+    };
+    Ok(net::NetConfig {
+        tap,
+        mac: interface.guest_mac.as_deref().map(str::parse).transpose()?,
+        mtu: interface.mtu,
+        pairs: interface.num_queue_pairs,
+        // Guests may bridge, as behind any network card.
+        drop_spoofed: false,
+    })
+}

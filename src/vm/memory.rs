@@ -1,0 +1,161 @@
+//! Guest memory: its backing on the host and its slots in KVM.
+//!
+//! The backing is chosen by purpose. A machine that boots gets private anonymous memory: a
+//! page costs half as much to touch as one of a shared memory file. Nothing is reserved, so a
+//! machine costs the host what it touched. One slot for each region of RAM, never split.
+
+use std::io;
+
+use api::spec::{HugePages, MachineConfig};
+use devices::Memory;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use vm_memory::{
+    Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    bitmap::AtomicBitmap,
+    mmap::{MmapRegionBuilder, MmapRegionError},
+};
+
+/// Why guest memory could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// More than the host has in all.
+    #[error("The machine asks for {asked} MiB of memory; this host has {have} MiB, swap included")]
+    TooMuch {
+        /// MiB asked for.
+        asked: u64,
+        /// MiB of memory and swap on the host.
+        have: u64,
+    },
+    /// The mapping was refused.
+    #[error("Cannot map {mib} MiB of guest memory{hint}")]
+    Map {
+        /// MiB of the region.
+        mib: u64,
+        /// What may help.
+        hint: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: MmapRegionError,
+    },
+    /// The regions do not fit each other.
+    #[error("Guest memory regions do not fit together")]
+    Regions,
+    /// Touching the memory beforehand failed.
+    #[error("Cannot populate guest memory; without prefault it is taken as the guest needs it")]
+    Populate(#[source] io::Error),
+    /// KVM refused a slot.
+    #[error("KVM refused {mib} MiB of guest memory at {base:#x}")]
+    Slot {
+        /// MiB of the slot.
+        mib: u64,
+        /// Its guest address.
+        base: u64,
+        /// What it said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+const PAGE: usize = 4096;
+
+/// Maps the memory a machine asks for.
+pub fn map(config: &MachineConfig) -> Result<Memory, MemoryError> {
+    let bytes = config.mem_size_mib << 20;
+    let have = host_memory();
+    if bytes > have {
+        return Err(MemoryError::TooMuch { asked: config.mem_size_mib, have: have >> 20 });
+    }
+    let mut regions = Vec::new();
+    for (base, len) in arch::layout::ram_regions(bytes) {
+        let size = usize::try_from(len).map_err(|_| MemoryError::Regions)?;
+        let bitmap = config.track_dirty_pages.then(|| {
+            AtomicBitmap::new(size, std::num::NonZeroUsize::new(PAGE).unwrap_or(std::num::NonZeroUsize::MIN))
+        });
+        let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let mut hint = "";
+        if config.huge_pages == HugePages::Huge2M {
+            // Huge pages are reserved at once: a guest must not die of an empty pool later.
+            flags = (flags & !libc::MAP_NORESERVE) | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+            hint = " from 2 MiB pages; raise /proc/sys/vm/nr_hugepages";
+        }
+        let mapping = MmapRegionBuilder::new_with_bitmap(size, bitmap)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags)
+            .build()
+            .map_err(|source| MemoryError::Map { mib: len >> 20, hint, source })?;
+        if config.huge_pages == HugePages::Transparent {
+            // Best effort by its nature: a kernel without them goes on with small pages.
+            let _ = advise(mapping.as_ptr(), size, libc::MADV_HUGEPAGE);
+        }
+        if config.prefault {
+            advise(mapping.as_ptr(), size, libc::MADV_POPULATE_WRITE).map_err(MemoryError::Populate)?;
+        }
+        regions.push(GuestRegionMmap::new(mapping, base).ok_or(MemoryError::Regions)?);
+    }
+    Memory::from_regions(regions).map_err(|_| MemoryError::Regions)
+}
+
+/// Gives each region of `memory` to KVM as a slot of its own.
+pub fn register(vm: &VmFd, memory: &Memory, track_dirty_pages: bool) -> Result<(), MemoryError> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let (base, len) = (region.start_addr().raw_value(), region.len());
+        let host =
+            region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_err(|_| MemoryError::Regions)?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: base,
+            memory_size: len,
+            userspace_addr: host as u64,
+            flags: if track_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+        };
+        // SAFETY: the mapping is `len` bytes long and lives as long as `memory`, which the
+        // machine keeps until the process ends; no slot overlaps another.
+        unsafe { vm.set_user_memory_region(region) }.map_err(|source| MemoryError::Slot {
+            mib: len >> 20,
+            base,
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn advise(at: *mut u8, len: usize, advice: i32) -> io::Result<()> {
+    // SAFETY: the range is one whole mapping of ours; neither advice changes its contents.
+    match unsafe { libc::madvise(at.cast(), len, advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Memory and swap of the host, in bytes.
+fn host_memory() -> u64 {
+    // SAFETY: `sysinfo` is plain numbers, for which all zeroes is a value.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the call fills the structure it is given.
+    match unsafe { libc::sysinfo(&raw mut info) } {
+        0 => (info.totalram + info.totalswap).saturating_mul(u64::from(info.mem_unit)),
+        _ => u64::MAX,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_the_host_has_is_refused_by_number() {
+        let config = MachineConfig { mem_size_mib: 1 << 24, ..MachineConfig::default() };
+        let error = map(&config).unwrap_err().to_string();
+        assert!(error.contains("16777216 MiB"), "{error}");
+    }
+
+    #[test]
+    fn dirty_tracking_is_on_only_when_asked_for() {
+        for track in [false, true] {
+            let config = MachineConfig { track_dirty_pages: track, ..MachineConfig::default() };
+            let memory = map(&config).unwrap();
+            assert_eq!(memory.iter().all(|r| (**r).bitmap().is_some()), track);
+        }
+    }
+}

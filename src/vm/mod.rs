@@ -1,0 +1,187 @@
+//! One machine: memory, vCPUs and devices, put together in the order that costs least.
+//!
+//! ```text
+//!   Spec ──► build.rs ──► Vm { memory.rs, vCPU threads, attach.rs: buses and transports }
+//!                               ▲ kvm.rs, host.rs: doorbells, lines, messages by KVM
+//! ```
+//!
+//! Order of creation, and why: the VM, then its memory slots, and only then the in-kernel
+//! interrupt controllers. Once those exist, every change of the slots has to wait for readers
+//! inside the kernel, which was measured at a hundred times the cost of the same call made
+//! before. There is no interval timer (PIT): a guest that is told its clock rate never asks
+//! for one. vCPUs come next, event descriptors last and only when a driver asks for them.
+//!
+//! Order of pausing: vCPUs first, so that no new work arrives, then devices, which finish or
+//! put back what they hold. Resuming is the same backwards.
+
+pub mod attach;
+pub mod build;
+pub mod console;
+pub mod host;
+pub mod kvm;
+pub mod memory;
+
+use std::sync::Arc;
+
+use api::FaultKind;
+use devices::{
+    Memory,
+    legacy::{
+        i8042::{I8042, NotListening},
+        power::Power,
+    },
+    virtio::{DeviceError, core::Transport},
+};
+
+use crate::{
+    metrics::Milestones,
+    vcpu::{VcpuError, Vcpus},
+};
+
+/// Why a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest switched itself off.
+    Off,
+    /// The guest asked to be reset; a machine boots once, so this ends it too.
+    Reset,
+    /// The guest's processor met a fault while handling a fault while handling a fault:
+    /// a crash, or the last of Linux's ways to reboot.
+    TripleFault,
+    /// The guest stopped its last processor where no interrupt can wake it.
+    Halted,
+    /// It was told to stop through its door.
+    Stopped,
+    /// A signal ended it.
+    Signal(i32),
+    /// KVM or the processor refused to go on.
+    Broken(String),
+}
+
+impl Ending {
+    /// The exit code of the process: 0 when the guest ended itself or was stopped as asked,
+    /// 128 and the number for a signal, 1 when something broke.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Ending::Off | Ending::Reset | Ending::TripleFault | Ending::Halted | Ending::Stopped => 0,
+            Ending::Signal(number) => 128 + number,
+            Ending::Broken(_) => 1,
+        }
+    }
+
+    /// The reason as a sentence.
+    pub fn reason(&self) -> String {
+        match self {
+            Ending::Off => "The guest switched itself off".to_owned(),
+            Ending::Reset => "The guest asked for a reset".to_owned(),
+            Ending::TripleFault => "The guest ended by a triple fault".to_owned(),
+            Ending::Halted => "The guest halted its last processor".to_owned(),
+            Ending::Stopped => "The machine was stopped".to_owned(),
+            Ending::Signal(number) => format!("Signal {number} ended the machine"),
+            Ending::Broken(reason) => format!("The machine cannot go on: {reason}"),
+        }
+    }
+}
+
+/// What can go wrong with a machine that was built.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// A vCPU did not obey.
+    #[error("The machine's processors do not obey")]
+    Vcpu(#[from] VcpuError),
+    /// A device did not obey.
+    #[error("Device {name:?} does not obey")]
+    Device {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: DeviceError,
+    },
+    /// There is no keyboard controller.
+    #[error("The machine has no keyboard controller to press Ctrl+Alt+Del on")]
+    NoKeyboard,
+    /// Nobody in the guest reads the keyboard.
+    #[error("Ctrl+Alt+Del cannot be pressed")]
+    Keyboard(#[source] NotListening),
+}
+
+impl VmError {
+    /// Whose fault it is.
+    pub fn kind(&self) -> FaultKind {
+        match self {
+            VmError::NoKeyboard | VmError::Keyboard(_) => FaultKind::Unsupported,
+            _ => FaultKind::Internal,
+        }
+    }
+}
+
+/// A built machine. Its vCPU threads exist and wait for orders.
+pub struct Vm {
+    pub(crate) vcpus: Vcpus,
+    /// Virtio devices by name, in the order the guest finds them.
+    pub(crate) devices: Vec<(String, Arc<dyn Transport>)>,
+    pub(crate) power: Arc<Power>,
+    pub(crate) keyboard: Option<Arc<I8042>>,
+    pub(crate) milestones: Arc<Milestones>,
+    /// Kept mapped until the process ends.
+    pub(crate) _memory: Memory,
+    pub(crate) _consoles: console::Consoles,
+    pub(crate) _host: Arc<host::KvmHost>,
+}
+
+impl Vm {
+    /// Lets the guest run for the first time. Devices are started by their drivers.
+    pub fn run(&self) -> Result<(), VmError> {
+        Ok(self.vcpus.run()?)
+    }
+
+    /// Stops vCPUs, then devices, where they are.
+    pub fn pause(&self) -> Result<(), VmError> {
+        self.vcpus.pause()?;
+        self.each_device(|device| device.pause())
+    }
+
+    /// Goes on after a pause.
+    pub fn resume(&self) -> Result<(), VmError> {
+        self.each_device(|device| device.resume())?;
+        Ok(self.vcpus.run()?)
+    }
+
+    /// Presses the power button (ACPI 6.4 section 4.8.2.2.1.2): asks the guest to shut down.
+    pub fn press_power_button(&self) -> Result<(), VmError> {
+        self.power.press_power_button();
+        Ok(())
+    }
+
+    /// Presses Ctrl+Alt+Del on the keyboard controller.
+    pub fn press_ctrl_alt_del(&self) -> Result<(), VmError> {
+        let keyboard = self.keyboard.as_ref().ok_or(VmError::NoKeyboard)?;
+        keyboard.send_ctrl_alt_del().map_err(VmError::Keyboard)
+    }
+
+    /// When what was reached.
+    pub fn milestones(&self) -> &Milestones {
+        &self.milestones
+    }
+
+    /// Exits handed to this process so far, by kind.
+    pub fn exits(&self) -> Vec<(&'static str, u64)> {
+        self.vcpus.exits()
+    }
+
+    /// Counters of every device: its name, the counter's name, the count.
+    pub fn counters(&self) -> Vec<(String, &'static str, u64)> {
+        let of = |(name, device): &(String, Arc<dyn Transport>)| {
+            let counters = device.counters().into_iter();
+            counters.map(|(counter, count)| (name.clone(), counter, count)).collect::<Vec<_>>()
+        };
+        self.devices.iter().flat_map(of).collect()
+    }
+
+    fn each_device(&self, f: impl Fn(&Arc<dyn Transport>) -> Result<(), DeviceError>) -> Result<(), VmError> {
+        self.devices.iter().try_for_each(|(name, device)| {
+            f(device).map_err(|source| VmError::Device { name: name.clone(), source })
+        })
+    }
+}
