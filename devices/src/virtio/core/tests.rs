@@ -443,3 +443,26 @@ fn a_reset_with_requests_in_flight_ends_all_writing_to_memory() {
         assert_eq!(driver.rings[0].device_used_idx(), used);
     }
 }
+
+#[test]
+fn from_every_rung_every_two_status_bytes_lead_to_a_rung() {
+    let rig = rig();
+    for rungs in 0..=4 {
+        for first in 0..=255 {
+            for second in 0..=255 {
+                rig.face.set_status(0);
+                for rung in [1, 3, 0xb, 0xf].into_iter().take(rungs) {
+                    rig.face.accept(F_VERSION_1);
+                    rig.face.set_status(rung);
+                }
+                let before = rig.face.status();
+                rig.face.set_status(first);
+                rig.face.set_status(second);
+                let after = rig.face.status();
+                assert!(status::reachable(after), "{before:#x}, {first:#x}, {second:#x}: {after:#x}");
+                let running = rig.count(|s| &s.starts) - rig.count(|s| &s.stops);
+                assert_eq!(running, u32::from(after & status::DRIVER_OK != 0));
+            }
+        }
+    }
+}
