@@ -277,15 +277,12 @@ impl Muxer {
     /// Puts a connection into the table and watches its socket. A full table makes room by
     /// dropping an orphan, whose guest is done with it and whose reader does not read.
     fn admit_stream(&mut self, stream: Stream) -> Option<StreamId> {
-        let id = match self.table.insert(stream) {
-            Ok(id) => id,
-            Err(stream) => {
-                let orphan = |t: &mut Table, s: &u32| t.at(*s).is_some_and(|s| s.stage == Stage::Orphan);
-                let slot = self.table.slots().find(|s| orphan(&mut self.table, s))?;
-                self.drop_stream(slot, false);
-                self.table.insert(stream).ok()?
-            }
-        };
+        if self.table.is_full() {
+            let mut slots = self.table.slots();
+            let slot = slots.find(|slot| self.table.at(*slot).is_some_and(|s| s.stage == Stage::Orphan))?;
+            self.drop_stream(slot, false);
+        }
+        let id = self.table.insert(stream)?;
         let fd = self.table.at(id.slot).map_or(-1, |s| s.fd());
         if fd >= 0 && self.poller.as_ref().is_none_or(|p| p.watch(fd, id).is_err()) {
             self.table.remove(id.slot);

@@ -45,20 +45,24 @@ pub struct Table {
 }
 
 impl Table {
-    /// Puts a connection in; gives it back when the table is full.
-    pub fn insert(&mut self, stream: Stream) -> Result<StreamId, Stream> {
-        let slot = match self.free.pop() {
-            Some(slot) => slot,
-            None if self.places.len() < VSOCK_CONNECTIONS_MAX => {
-                self.places.push(Place::default());
-                self.places.len() as u32 - 1
-            }
-            None => return Err(stream),
-        };
-        let Some(place) = self.places.get_mut(slot as usize) else { return Err(stream) };
+    /// Whether there is no place left.
+    pub fn is_full(&self) -> bool {
+        self.free.is_empty() && self.places.len() >= VSOCK_CONNECTIONS_MAX
+    }
+
+    /// Puts a connection in; none when the table is full, and the connection is dropped.
+    pub fn insert(&mut self, stream: Stream) -> Option<StreamId> {
+        if self.is_full() {
+            return None;
+        }
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.places.push(Place::default());
+            self.places.len() as u32 - 1
+        });
+        let place = self.places.get_mut(slot as usize)?;
         place.generation = place.generation.wrapping_add(1);
         place.stream = Some(stream);
-        Ok(StreamId { slot, generation: place.generation })
+        Some(StreamId { slot, generation: place.generation })
     }
 
     /// The connection in `slot`, whichever it is now.
@@ -188,10 +192,10 @@ mod tests {
     #[test]
     fn it_holds_as_many_as_it_may_and_takes_places_again() {
         let mut table = Table::default();
-        let ids: Vec<_> = (0..VSOCK_CONNECTIONS_MAX).map(|_| table.insert(stream()).ok().unwrap()).collect();
-        assert!(table.insert(stream()).is_err());
+        let ids: Vec<_> = (0..VSOCK_CONNECTIONS_MAX).map(|_| table.insert(stream()).unwrap()).collect();
+        assert!(table.is_full() && table.insert(stream()).is_none());
         table.remove(ids[7].slot).unwrap();
-        let again = table.insert(stream()).ok().unwrap();
+        let again = table.insert(stream()).unwrap();
         assert_eq!(again.slot, ids[7].slot);
         assert!(table.get(ids[7]).is_none() && table.get(again).is_some());
     }
@@ -212,7 +216,7 @@ mod tests {
     #[test]
     fn a_removed_connection_is_not_found_by_its_ports() {
         let mut table = Table::default();
-        let id = table.insert(stream()).ok().unwrap();
+        let id = table.insert(stream()).unwrap();
         let found = table.at(id.slot).unwrap();
         (found.host_port, found.guest_port) = (5, 6);
         table.name(id.slot);

@@ -150,9 +150,9 @@ impl Guest {
                 let buffer = self.posted.remove(&used.head).unwrap();
                 let raw = self.driver.peek(buffer.address, used.len as usize);
                 if self.repost {
-                    self.post(buffer)
+                    self.post(buffer);
                 } else {
-                    self.idle.push(buffer)
+                    self.idle.push(buffer);
                 }
                 let (head, payload) = raw.split_first_chunk::<HEADER_LEN>()?;
                 let header = Header::parse(head);

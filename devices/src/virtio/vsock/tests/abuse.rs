@@ -374,3 +374,74 @@ fn credit_holds_over_a_stalled_reader() {
     assert_eq!(guest.next().0.op, op::RESET);
     drop(client);
 }
+
+#[test]
+fn random_packets_do_not_stop_the_device() {
+    let mut guest = Guest::new(64, 300);
+    let listener = guest.listen(7);
+    let mut dice = Dice(99);
+    let mut sockets = vec![Socket::new(7, 1000)];
+    let mut clients = Vec::new();
+    for step in 0..20_000 {
+        if step % 50 == 0 {
+            let mut client = UnixStream::connect(guest.path(None)).unwrap();
+            client.write_all(b"CONNECT 5\nsome bytes").unwrap();
+            clients.push(client);
+            clients.drain(..clients.len().saturating_sub(30));
+            listener.set_nonblocking(true).unwrap();
+            while listener.accept().is_ok() {}
+        }
+        let socket = sockets[dice.up_to(sockets.len()) - 1];
+        let mut header = socket.header(dice.up_to(9) as u16 - 1);
+        let odd = |dice: &mut Dice| (dice.up_to(1 << 20) as u32).wrapping_mul(0x9e37_79b9);
+        match dice.up_to(12) {
+            1 => header.fwd_cnt = odd(&mut dice),
+            2 => header.buf_alloc = odd(&mut dice),
+            3 => header.len = odd(&mut dice),
+            4 => header.src_port = odd(&mut dice),
+            5 => header.kind = odd(&mut dice) as u16,
+            6 => header.flags = odd(&mut dice),
+            7 => header.dst_cid = u64::from(odd(&mut dice)),
+            8 => header.flags = dice.up_to(4) as u32 - 1,
+            _ => {}
+        }
+        let payload = vec![0; dice.up_to(500) - 1];
+        if header.len == 0 {
+            header.len = payload.len() as u32;
+        }
+        guest.send(&header, &payload);
+        while let Some(used) = guest.driver.rings[0].take_used() {
+            let buffer = guest.posted.remove(&used.head).unwrap();
+            let raw = guest.driver.peek(buffer.address, used.len as usize);
+            let header = Header::parse(raw.first_chunk().unwrap());
+            if header.op == op::REQUEST {
+                sockets.push(Socket::new(header.src_port, header.dst_port));
+                sockets.drain(..sockets.len().saturating_sub(20));
+            }
+            guest.post(buffer);
+        }
+    }
+    drop(clients);
+    guest.stop();
+    guest.device.reset();
+    guest.start();
+    let mut client = UnixStream::connect(guest.path(None)).unwrap();
+    client.write_all(b"CONNECT 77\n").unwrap();
+    // Clients that still waited at the door come first.
+    let port = loop {
+        let used = guest.driver.wait_used(0).unwrap();
+        let buffer = guest.posted.remove(&used.head).unwrap();
+        let raw = guest.driver.peek(buffer.address, HEADER_LEN);
+        guest.post(buffer);
+        let header = Header::parse(raw.first_chunk().unwrap());
+        if header.op == op::REQUEST && header.dst_port == 77 {
+            break header.src_port;
+        }
+    };
+    let mut socket = Socket::new(port, 77);
+    guest.say(&socket, op::RESPONSE);
+    client.write_all(b"alive").unwrap();
+    assert!(line(&mut client).starts_with("OK "));
+    assert_eq!(guest.expect(&mut socket, op::DATA).1, b"alive");
+    assert_eq!(guest.driver.signals.counts().needs_reset, 0);
+}
