@@ -19,7 +19,7 @@
 //! turns decode off, moves the bus range and the doorbells; a running device is stopped for
 //! that moment. A place that is taken leaves the BAR undecoded.
 //!
-//! Locks, in the order in which they may be taken: configuration space ([`Front`]), then the
+//! Locks, in the order in which they may be taken: configuration space (`Front`), then the
 //! core, then the vector table. Interrupts take the last one only.
 
 mod saved;

@@ -69,7 +69,7 @@ fn tables(size: u16) -> Vec<Vec<Desc>> {
         tables.push((0..size).map(|i| desc(BUFFERS, 1 << 20, flags | link(i), i + 1)).collect());
     }
     // Indirect tables that cannot be.
-    for (len, flags) in [(0, 0), (15, 0), (24, 0), (16, Desc::NEXT), (16, Desc::WRITE), (u32::MAX & !15, 0)] {
+    for (len, flags) in [(0, 0), (15, 0), (24, 0), (16, Desc::NEXT), (16, Desc::WRITE), (!15, 0)] {
         tables.push(vec![desc(BUFFERS, len, Desc::INDIRECT | flags, 1)]);
     }
     tables.push(vec![desc(END - 16, 32, Desc::INDIRECT, 0)]);
