@@ -96,3 +96,7 @@ pub const NET_QUEUE_SIZE: u16 = 256;
 
 /// How long a disk that is locked is asked for before it counts as in use.
 pub const DISK_LOCK_PATIENCE: Duration = Duration::from_millis(300);
+
+/// Bytes of one output request of a virtio console that are passed on; a driver that puts
+/// more into one buffer than this loses the rest.
+pub const CONSOLE_REQUEST_MAX: u64 = 1 << 20;

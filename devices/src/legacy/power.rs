@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn only_the_soft_off_state_with_the_enable_bit_switches_off() {
         let (power, _, seen) = power();
-        for value in [0, S5_TYPE << 2, SLP_EN, SLP_EN | 3 << 2, 0xff & !(S5_TYPE << 2) | SLP_EN] {
+        for value in [0, S5_TYPE << 2, SLP_EN, SLP_EN | 3 << 2, !(S5_TYPE << 2) | SLP_EN] {
             power.write(0, &[value]);
         }
         assert!(seen.lock().unwrap().is_empty());

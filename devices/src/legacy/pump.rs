@@ -114,6 +114,11 @@ impl Pump {
         self.settle(watch, guest);
     }
 
+    /// Looks again at what can be done: the guest may have room for input now.
+    pub fn look(&mut self, watch: &mut Watch<'_>, guest: &mut dyn Receiver) {
+        self.settle(watch, guest);
+    }
+
     /// Ends the pump; the wire keeps its ends for the next one. The worker must no longer
     /// watch them.
     pub fn give_back(self) {

@@ -162,6 +162,9 @@ struct Started {
     handlers: Vec<(Worker, HandlerId)>,
 }
 
+/// A handler with the number of its pair; the control queue's has none.
+type Numbered = (Option<u16>, Box<dyn Handler>);
+
 /// A network device.
 pub struct Net {
     about: About,
@@ -263,14 +266,13 @@ impl Net {
         Ok(())
     }
 
-    /// The handlers for `queues`, each with the number of its pair unless it is the control
-    /// queue's.
+    /// The handlers for `queues`.
     fn handlers(
         &self,
         started: &Started,
         queues: Vec<(Queue, EventFd)>,
         pairs: u16,
-    ) -> io::Result<Vec<(Option<u16>, Box<dyn Handler>)>> {
+    ) -> io::Result<Vec<Numbered>> {
         let features = started.features;
         let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let source = self.drop_spoofed.then_some(self.mac.0);
@@ -284,7 +286,7 @@ impl Net {
                 None => control = Some((queue, kick)),
             }
         }
-        let mut handlers: Vec<(Option<u16>, Box<dyn Handler>)> = Vec::new();
+        let mut handlers: Vec<Numbered> = Vec::new();
         for (number, (rx, tx)) in (0..pairs).zip(halves) {
             if rx.is_some() || tx.is_some() {
                 handlers.push((Some(number), Box::new(self.pair(started, number, rx, tx))));
