@@ -3,6 +3,7 @@
 //! ```text
 //!   /init                         the agent
 //!   /dev/console                  5:1, so that process 1 has descriptors 0 to 2
+//!   /dev/null                     1:3, what it has instead in a machine without console
 //!   /dev /proc /sys /run          where the agent mounts things
 //!   /etc/nacelle/modules          file names under /lib/modules, in the order to load
 //!   /lib/modules/NAME.ko[.xz]     the modules
@@ -87,6 +88,9 @@ pub fn build(agent: &Path, modules: &[PathBuf]) -> Result<Vec<u8>, InitrdError> 
         archive.directory(directory, 0o755);
     }
     archive.character_device("dev/console", 0o600, 5, 1);
+    // A program whose first descriptors are closed ends before its first line if it cannot
+    // open this in their place, and the kernel with it.
+    archive.character_device("dev/null", 0o666, 1, 3);
     archive.file("init", 0o755, &program);
     if !modules.is_empty() {
         for directory in ["etc", "etc/nacelle", "lib", "lib/modules"] {
@@ -261,6 +265,9 @@ mod tests {
             return;
         };
         assert!(output.status.success());
-        assert_eq!(String::from_utf8_lossy(&output.stdout), "dev\nproc\nsys\nrun\ndev/console\ninit\n");
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout),
+            "dev\nproc\nsys\nrun\ndev/console\ndev/null\ninit\n"
+        );
     }
 }

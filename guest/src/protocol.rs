@@ -146,7 +146,9 @@ pub enum Request {
         process: ProcessId,
     },
     /// Wait until a process has ended and its output is read, or the time is over.
-    /// [`Reply::Exited`], or [`Reply::Running`] when it has not.
+    /// [`Reply::Exited`], or [`Reply::Running`] when it has not. The ends of the last 128
+    /// processes are known, and always the main one's. Output that nobody opens is given up
+    /// ten seconds after the end.
     Wait {
         /// Whose end.
         process: ProcessId,

@@ -155,6 +155,14 @@ impl Container {
         self.base.join("disks").join(number.to_string())
     }
 
+    /// The signal that asks the main process to end.
+    pub fn stop_signal(&self) -> i32 {
+        match self.lock().setup.stop_signal {
+            0 => libc::SIGTERM,
+            signal => signal,
+        }
+    }
+
     /// Starts the main process.
     pub fn start(&self, spec: &ProcessSpec) -> Result<Arc<Process>, Failure> {
         let mut state = self.lock();
@@ -312,6 +320,9 @@ fn check(setup: &Setup) -> Result<(), Failure> {
     let bad = |message: String| Err(Failure::new(FailureKind::BadRequest, message));
     if setup.hostname.len() > 64 || setup.hostname.contains(|c: char| c == '/' || c.is_control()) {
         return bad(format!("{:?} is no host name; at most 64 bytes, no slash", setup.hostname));
+    }
+    if !(0..=64).contains(&setup.stop_signal) {
+        return bad(format!("{} is no signal; 1 to 64 are", setup.stop_signal));
     }
     if setup.tmpfs.len() > MAX_MOUNTS || setup.disks.len() > MAX_MOUNTS {
         return bad(format!("More than {MAX_MOUNTS} disks or memory file systems were given"));

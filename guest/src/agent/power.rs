@@ -63,7 +63,7 @@ impl Power {
     /// Ends as the button asks: the container is asked first.
     pub fn by_button(&self, container: &Container, reboot: bool) {
         if let Ok(process) = container.processes.get(MAIN)
-            && container.processes.signal(MAIN, libc::SIGTERM).is_ok()
+            && container.processes.signal(MAIN, container.stop_signal()).is_ok()
         {
             let _ =
                 super::syscall::wait(&mut [super::syscall::want(&process.ended, libc::POLLIN)], Some(GRACE));

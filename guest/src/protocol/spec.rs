@@ -31,6 +31,8 @@ pub struct Setup {
     pub sysctls: Vec<(String, String)>,
     /// Limits on the whole container within the machine.
     pub limits: Limits,
+    /// Signal that asks the main process to end, for the power button. 0: SIGTERM.
+    pub stop_signal: i32,
     /// Bytes of `/dev/shm`. 0: 64 MiB.
     pub shm_size: u64,
     /// Nanoseconds since 1970, UTC. Without it the clock the machine started with stays.
