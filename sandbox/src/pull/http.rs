@@ -175,8 +175,19 @@ fn answer(url: &str, result: Result<ureq::http::Response<Body>, ureq::Error>) ->
             let (parts, body) = response.into_parts();
             Ok(Answer { status: parts.status.as_u16(), host, headers: parts.headers, body })
         }
+        // What rustls says when the other side answers with something else than TLS; its type is
+        // not to be had through the client.
+        Err(ureq::Error::Io(e))
+            if is_bad_data(&e) && e.to_string().contains("corrupt message") && is_this_machine(&host) =>
+        {
+            Err(PullError::NotTls { host })
+        }
         Err(source) => Err(PullError::Connection { host, source: Box::new(source) }),
     }
+}
+
+fn is_bad_data(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::InvalidData
 }
 
 /// A body that broke off.
@@ -205,13 +216,11 @@ pub(super) fn with_retries<T>(
 fn passes(error: &PullError) -> bool {
     match error {
         // A wrong certificate or name stays wrong.
-        PullError::Connection { source, .. } => matches!(
-            **source,
-            ureq::Error::Io(_)
-                | ureq::Error::Timeout(_)
-                | ureq::Error::Protocol(_)
-                | ureq::Error::ConnectionFailed
-        ),
+        PullError::Connection { source, .. } => match &**source {
+            ureq::Error::Io(e) => !is_bad_data(e),
+            ureq::Error::Timeout(_) | ureq::Error::Protocol(_) | ureq::Error::ConnectionFailed => true,
+            _ => false,
+        },
         PullError::Status { status, .. } => matches!(status, 408 | 429 | 500..),
         _ => false,
     }

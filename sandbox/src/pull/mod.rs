@@ -15,8 +15,8 @@
 //! of aws-lc brings 194 packages and takes 89 s (debug) and 94 s (release, fat LTO), 5.3 MB
 //! stripped; a client on `ureq` 3.5 with the same TLS brings 56 packages and takes 30 s and
 //! 31 s, 3.1 MB. The whole project has three minutes. And `oci-client` is asynchronous: the
-//! command line would carry a tokio runtime for four requests. What it would have saved is the
-//! four hundred lines of this module, of which the distribution specification fixes most.
+//! command line would carry a tokio runtime for four requests. What it would have saved are the
+//! files of this module, of which the distribution specification fixes most.
 
 mod auth;
 mod http;
@@ -106,6 +106,14 @@ pub enum PullError {
         /// What is wrong with it.
         #[source]
         source: ManifestError,
+    },
+    /// A registry on this machine that does not speak TLS.
+    #[error(
+        "{host} does not speak TLS: a registry on this machine may be used without, when it is allowed as insecure"
+    )]
+    NotTls {
+        /// The registry.
+        host: String,
     },
     /// A registry without TLS that is not on this machine.
     #[error("{host} is not on this machine: without TLS only localhost, 127.0.0.0/8 and [::1] are allowed")]
@@ -299,6 +307,13 @@ impl<'a> Registry<'a> {
         self.set_authorization(&fresh);
         let answer = self.http.get(path, accept, Some(&fresh))?;
         self.judge(answer, path)
+    }
+
+    /// Stands in for `docker login`.
+    #[cfg(test)]
+    pub(crate) fn set_password(&mut self, user: &str, password: &str) {
+        let (user, password) = (user.to_owned(), password.to_owned());
+        self.credentials = Some(Credentials::Password { user, password });
     }
 
     pub(crate) fn set_authorization(&self, header: &str) {

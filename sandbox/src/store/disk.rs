@@ -15,6 +15,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -80,7 +81,8 @@ impl Disk {
     /// Makes the directories that are missing and removes what dead makers left.
     pub(super) fn open(root: &Path) -> io::Result<Self> {
         for name in ["blobs/sha256", "images", "refs", "locks", "tmp"] {
-            fs::create_dir_all(root.join(name))?;
+            // Not for others to look through, but a confined monitor may open what it is given.
+            fs::DirBuilder::new().recursive(true).mode(0o711).create(root.join(name))?;
         }
         // Absolute, because the paths of images outlive the working directory.
         let root = fs::canonicalize(root)?;

@@ -100,7 +100,11 @@ impl Opening<'_> {
                 let (sender, next) = (sender.clone(), &next);
                 scope.spawn(move || {
                     while let Some((index, layer)) = take_next(next, layers) {
-                        let told = |done| sender.send((index, Fetched::Part(done))).unwrap_or_default();
+                        let told = |done| {
+                            if done < layer.size {
+                                sender.send((index, Fetched::Part(done))).unwrap_or_default();
+                            }
+                        };
                         let blob = self.fetch_one(registry, layer, told);
                         let failed = blob.is_err();
                         let sent = sender.send((index, Fetched::Whole(Box::new(blob))));
@@ -155,9 +159,12 @@ impl Opening<'_> {
             return Ok(blob);
         }
         let temporary = || self.store.disk.temporary();
-        let blob = registry.blob(layer, temporary, told).map_err(|e| self.pull_error(e))?;
-        blob.publish(&path).map_err(|e| self.store.disk_error(e))?;
-        open().map_err(|e| self.store.disk_error(e))
+        let fetched = registry.blob(layer, temporary, told).map_err(|e| self.pull_error(e))?;
+        // From the open file: the one in the store may be removed at any time.
+        let blob = fetched.file().try_clone();
+        let blob = blob.and_then(|file| Blob::of_file(file, Some(layer.digest.clone())));
+        fetched.publish(&path).map_err(|e| self.store.disk_error(e))?;
+        blob.map_err(|e| self.store.disk_error(e))
     }
 
     pub(super) fn tar(

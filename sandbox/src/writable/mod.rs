@@ -30,6 +30,7 @@ mod format;
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 /// The size of a writable layer when nothing else is asked for, in bytes.
@@ -71,7 +72,7 @@ pub fn create(path: &Path, bytes: u64) -> Result<(), WritableError> {
         return Err(WritableError::Size { bytes });
     }
     let error = |source| WritableError::Write { path: path.to_owned(), source };
-    let file = File::options().write(true).create_new(true).open(path).map_err(error)?;
+    let file = File::options().write(true).create_new(true).mode(0o600).open(path).map_err(error)?;
     let made = fill(&file, bytes);
     if made.is_err() {
         std::fs::remove_file(path).ok();

@@ -68,6 +68,11 @@ fn serve(content: Content) -> Server {
 fn answer(mut stream: TcpStream, content: &Content, log: &Mutex<Vec<String>>, own: SocketAddr) -> Option<()> {
     let mut reader = BufReader::new(stream.try_clone().ok()?);
     loop {
+        // A TLS record of the kind "handshake": answered as servers without TLS do.
+        if reader.fill_buf().ok()?.first() == Some(&0x16) {
+            write!(stream, "HTTP/1.0 400 Bad Request\r\n\r\n").ok()?;
+            return None;
+        }
         let mut line = String::new();
         reader.read_line(&mut line).ok().filter(|n| *n > 0)?;
         let path = line.split_whitespace().nth(1)?.to_owned();
@@ -121,7 +126,7 @@ fn route(
         Mood::Token if authorization != "Bearer secret-token" => {
             format!("www-authenticate: Bearer realm=\"http://{own}/token\",service=\"reg istry\"\r\n")
         }
-        Mood::Basic => "www-authenticate: Basic realm=\"x\"\r\n".to_owned(),
+        Mood::Basic if authorization != "Basic dTpw" => "www-authenticate: Basic realm=\"x\"\r\n".to_owned(),
         _ => String::new(),
     };
     if !challenge.is_empty() {
@@ -225,6 +230,20 @@ fn a_token_is_fetched_where_one_is_asked_for() {
 }
 
 #[test]
+fn a_password_goes_to_the_registry_that_asks_for_it() {
+    let server = serve(content(Mood::Basic));
+    let reference = Reference::parse(&format!("{}/a/b", server.address)).unwrap();
+    let limits = Limits::default();
+    let mut registry = Registry::new(&reference, &limits, true).unwrap();
+    registry.set_password("u", "p");
+    assert_eq!(registry.resolve().unwrap().layers.len(), 2);
+    registry.set_authorization("");
+    registry.set_password("u", "wrong");
+    let error = registry.resolve().unwrap_err().to_string();
+    assert!(error.contains("not accepted"), "{error}");
+}
+
+#[test]
 fn refused_access_says_what_may_help() {
     let place = Place::new();
     let server = serve(content(Mood::Basic));
@@ -293,7 +312,7 @@ fn what_is_not_there_is_said_so() {
     let error = place.open_with(&format!("{}/a/b", server.address), &never).unwrap_err();
     assert!(matches!(error, StoreError::NotCached { .. }));
     let error = chain(&place.open(&format!("{}/a/b", server.address)).unwrap_err());
-    assert!(error.contains("cannot be reached"), "without TLS: {error}");
+    assert!(error.contains("does not speak TLS"), "{error}");
     let error = chain(&place.open_with("registry.invalid/a/b", &options()).unwrap_err());
     assert!(error.contains("only localhost"), "{error}");
 }
