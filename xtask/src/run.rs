@@ -9,9 +9,10 @@
 //! Each step does nothing when its result is there. Only the guest's bytes go to standard
 //! output; everything said here goes to standard error.
 
+use std::env;
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -74,9 +75,10 @@ impl Setup {
         let nacelle = build::nacelle()?;
         timed("building nacelle", start);
         let start = Instant::now();
-        let kernel = match kernel::built() {
-            Some(kernel) => kernel,
-            None => kernel::debian_cloud()?,
+        let kernel = match (env::var_os("NACELLE_KERNEL"), kernel::built()) {
+            (Some(asked), _) if !asked.is_empty() => path::absolute(asked)?,
+            (_, Some(built)) => built,
+            _ => kernel::debian_cloud()?,
         };
         timed("guest kernel", start);
         let start = Instant::now();
@@ -117,7 +119,10 @@ impl Setup {
                 "Debian's cloud kernel {} (`cargo xtask kernel` builds a smaller, faster one)",
                 release.trim()
             ),
-            Err(_) => format!("nacelle's own, built here ({})", short_name(&self.kernel)),
+            Err(_) if self.kernel.join("config").exists() => {
+                format!("nacelle's own, built here ({})", short_name(&self.kernel))
+            }
+            Err(_) => self.kernel.display().to_string(),
         }
     }
 }
