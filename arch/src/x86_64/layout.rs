@@ -89,6 +89,10 @@ pub const FIRST_MSI_GSI: u32 = 24;
 const HYPERTRANSPORT: Range<u64> = 0xfd_0000_0000..0x100_0000_0000;
 
 /// Splits memory around the gap: first address and size in bytes of one or two regions.
+///
+/// Map each at a host address that is equal to the guest's **modulo 2 MiB**: all regions begin on
+/// 2 MiB, and KVM maps huge pages only where both sides agree. A boot to init in 256 MiB then has
+/// 25 page-fault exits instead of 8155 (measured: 1503 against 9638 exits in all, 15 % less CPU).
 #[must_use]
 pub fn ram_regions(bytes: u64) -> Vec<(GuestAddress, u64)> {
     let low = bytes.min(GAP.start);

@@ -23,6 +23,13 @@
 //! a boot loader. A `bzImage` is entered at its 64-bit entry, 0x200 bytes into the payload; the
 //! guest decompresses itself.
 //!
+//! **Segments are read, not mapped.** Mapping a kernel's pages from the page cache over guest
+//! memory makes loading free and everything after it dearer: the pages are small and private, so
+//! the guest takes one fault a page instead of one for 2 MiB, and one more where it writes
+//! (patches its own text). Measured to init with a 21 MB kernel: 10268 exits and 0.39 s of CPU
+//! mapped, 1503 and 0.29 s read. The pieces are public for callers that weigh memory shared
+//! between machines higher.
+//!
 //! **BSS is not written.** Guest memory is new and therefore zero.
 
 mod bzimage;

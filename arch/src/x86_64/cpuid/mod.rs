@@ -120,6 +120,9 @@ impl Topology {
 const LEAF1_ECX_MONITOR: u32 = 1 << 3;
 const LEAF1_ECX_VMX: u32 = 1 << 5;
 const LEAF1_ECX_PDCM: u32 = 1 << 15;
+/// Debug store: its 64-bit area, and its filter by privilege.
+const LEAF1_ECX_DEBUG_STORE: u32 = 1 << 2 | 1 << 4;
+const LEAF1_EDX_DEBUG_STORE: u32 = 1 << 21;
 const LEAF1_ECX_X2APIC: u32 = 1 << 21;
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
@@ -282,7 +285,8 @@ impl Cpuid {
                 e.ecx &= !LEAF1_ECX_VMX;
             }
             if !config.pmu {
-                e.ecx &= !LEAF1_ECX_PDCM;
+                e.ecx &= !(LEAF1_ECX_PDCM | LEAF1_ECX_DEBUG_STORE);
+                e.edx &= !LEAF1_EDX_DEBUG_STORE;
             }
         }
         if let Some(e) = self.entry_mut(7, 0) {

@@ -142,7 +142,8 @@ fn what_a_guest_must_not_see_is_gone_and_what_it_needs_is_there() {
     for vendor in [INTEL, AMD] {
         let t = table(vendor, &config(2, false));
         let one = t.entry(1, 0).unwrap();
-        assert_eq!(one.ecx & (LEAF1_ECX_MONITOR | LEAF1_ECX_VMX | LEAF1_ECX_PDCM), 0);
+        let hidden = LEAF1_ECX_MONITOR | LEAF1_ECX_VMX | LEAF1_ECX_PDCM | LEAF1_ECX_DEBUG_STORE;
+        assert_eq!((one.ecx & hidden, one.edx & LEAF1_EDX_DEBUG_STORE), (0, 0));
         let needed = LEAF1_ECX_X2APIC | LEAF1_ECX_TSC_DEADLINE | LEAF1_ECX_HYPERVISOR;
         assert_eq!(one.ecx & needed, needed);
         assert_eq!(t.entry(0x8000_0001, 0).unwrap().ecx & AMD1_ECX_SVM, 0);
