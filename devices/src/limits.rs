@@ -100,3 +100,7 @@ pub const DISK_LOCK_PATIENCE: Duration = Duration::from_millis(300);
 /// Bytes of one output request of a virtio console that are passed on; a driver that puts
 /// more into one buffer than this loses the rest.
 pub const CONSOLE_REQUEST_MAX: u64 = 1 << 20;
+
+/// How long a block queue looks for its driver's next request before it sleeps, where the
+/// driver was seen to be that quick.
+pub const BLOCK_LINGER: Duration = Duration::from_micros(10);

@@ -6,10 +6,23 @@
 //! drop it, and it goes with a descriptor that is handed to another process. It ends with
 //! the descriptor, however the process dies.
 //!
+//! A ring of a killed process keeps its disk open until the kernel has taken it apart, some
+//! milliseconds after the process is gone. So a lock that is held is asked for again, for a
+//! short while, before that is believed.
+//!
 //! It is advisory. File systems without locks (some network mounts) are used without, with
 //! a warning.
 
-use std::{fs::File, io, os::fd::AsRawFd, path::Path};
+use std::{
+    fs::File,
+    io,
+    os::fd::AsRawFd,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::limits::DISK_LOCK_PATIENCE;
 
 /// Why no lock was had.
 #[derive(Debug)]
@@ -20,8 +33,20 @@ pub(super) enum LockError {
     Host(io::Error),
 }
 
-/// Takes the lock without waiting: exclusive for a writer, shared for a reader.
+/// Takes the lock, exclusive for a writer, shared for a reader; waits for it no longer than
+/// [`DISK_LOCK_PATIENCE`].
 pub(super) fn lock(file: &File, read_only: bool, path: &Path) -> Result<(), LockError> {
+    let end = Instant::now() + DISK_LOCK_PATIENCE;
+    loop {
+        match try_lock(file, read_only, path) {
+            Err(LockError::Held) if Instant::now() < end => thread::sleep(Duration::from_millis(5)),
+            done => return done,
+        }
+    }
+}
+
+/// As [`lock`], without waiting at all.
+pub(super) fn try_lock(file: &File, read_only: bool, path: &Path) -> Result<(), LockError> {
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
     // SAFETY: all-zero is a valid `flock`: the whole file, from its start.
     let mut what: libc::flock = unsafe { std::mem::zeroed() };

@@ -131,3 +131,38 @@ impl Disk {
         &self.file
     }
 }
+
+#[cfg(test)]
+impl Disk {
+    /// Any descriptor as a disk of `sectors`: pipes that stall and devices that fail on
+    /// purpose make the hosts that tests need.
+    pub(crate) fn pretend(file: File, sectors: u64, options: DiskOptions) -> Disk {
+        Disk {
+            file,
+            path: PathBuf::from("pretended"),
+            options,
+            identity: (0, 0),
+            block_device: false,
+            memory_backed: false,
+            sectors,
+            geometry: Geometry { logical: 512, physical: 512, optimal: 0 },
+            direct: None,
+            flush_failed: AtomicBool::new(false),
+            zeroing: 0.into(),
+            patching: Mutex::new(()),
+        }
+    }
+
+    /// Has the disk treated as one whose calls may wait, wherever the file is.
+    pub(crate) fn pretend_slow(&mut self) {
+        self.memory_backed = false;
+    }
+
+    /// Has every transfer treated as `O_DIRECT` of these alignments would.
+    pub(crate) fn pretend_direct(&mut self, alignment: Alignment) {
+        self.direct = Some(alignment);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -130,7 +130,7 @@ impl Disk {
         let file = opened.map_err(|source| open_error(path, options, source))?;
         let kind = kind(&file, path)?;
         set_flags(&file, options.direct).map_err(|source| host(path, "Setting its flags", source))?;
-        Disk::finish(file, path.to_owned(), options, kind)
+        Disk::finish(file, path.to_owned(), options, &kind)
     }
 
     /// Takes a disk that somebody else opened; `name` is what messages call it. The
@@ -147,7 +147,7 @@ impl Disk {
         }
         set_flags(&file, options.direct)
             .map_err(|source| DiskError::Direct { path: name.to_owned(), source })?;
-        Disk::finish(file, name.to_owned(), options, kind)
+        Disk::finish(file, name.to_owned(), options, &kind)
     }
 
     /// Opens the disk that is at `path` now, for a machine that runs on this one. The same
@@ -165,14 +165,14 @@ impl Disk {
         let file =
             self.file.try_clone().map_err(|source| host(path, "Duplicating its descriptor", source))?;
         let kind = kind(&file, path)?;
-        let disk = Disk::finish(file, path.to_owned(), self.options, kind)?;
+        let disk = Disk::finish(file, path.to_owned(), self.options, &kind)?;
         if self.flush_failed() {
             disk.set_flush_failed();
         }
         Ok(disk)
     }
 
-    fn finish(file: File, path: PathBuf, options: DiskOptions, kind: Kind) -> Result<Disk, DiskError> {
+    fn finish(file: File, path: PathBuf, options: DiskOptions, kind: &Kind) -> Result<Disk, DiskError> {
         match lock::lock(&file, options.read_only, &path) {
             Ok(()) => {}
             Err(lock::LockError::Held) => return Err(DiskError::InUse { path }),
@@ -191,7 +191,7 @@ impl Disk {
             let name = path.display();
             log::warn!("Disk {name} has {bytes} bytes: the last {rest} are no whole block and out of reach");
         }
-        let geometry = geometry(&file, &kind, direct);
+        let geometry = geometry(&file, kind, direct);
         Ok(Disk {
             path,
             options,

@@ -42,6 +42,7 @@ pub enum Operation<'a> {
 pub struct Ring {
     uring: IoUring,
     in_flight: u32,
+    queued: u32,
 }
 
 /// Whether this process may make rings, found out without making one: an impossible size is
@@ -75,14 +76,20 @@ impl Ring {
             Restriction::sqe_op(opcode::Fsync::CODE),
             Restriction::sqe_op(opcode::Fallocate::CODE),
             Restriction::sqe_flags_required(FIXED_FILE),
+            Restriction::register_op(UNREGISTER_FILES),
         ])?;
         submitter.register_enable_rings()?;
-        Ok(Ring { uring, in_flight: 0 })
+        Ok(Ring { uring, in_flight: 0, queued: 0 })
     }
 
     /// Operations pushed and not reaped.
     pub fn in_flight(&self) -> u32 {
         self.in_flight
+    }
+
+    /// Operations pushed and not yet given to the kernel.
+    pub fn queued(&self) -> u32 {
+        self.queued
     }
 
     /// Queues an operation; its result is reaped with `token`. False when the queue is full:
@@ -96,6 +103,7 @@ impl Ring {
         // SAFETY: handed on to the caller.
         let pushed = unsafe { self.uring.submission().push(&entry) }.is_ok();
         self.in_flight += u32::from(pushed);
+        self.queued += u32::from(pushed);
         pushed
     }
 
@@ -103,12 +111,12 @@ impl Ring {
     /// of something now: reap, and submit again.
     pub fn submit(&mut self) -> io::Result<bool> {
         loop {
-            if self.uring.submission().is_empty() {
+            if self.queued == 0 {
                 return Ok(true);
             }
             match self.uring.submit() {
                 Ok(0) => return Ok(false),
-                Ok(_) => {}
+                Ok(taken) => self.queued = self.queued.saturating_sub(taken as u32),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM)) => {
                     return Ok(false);
@@ -134,6 +142,29 @@ impl Ring {
     }
 }
 
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The kernel takes a closed ring apart later, on a thread of its own; the disk's lock
+        // would be held until then.
+        if self.in_flight == 0 {
+            let _ = self.uring.submitter().unregister_files();
+        }
+    }
+}
+
+#[cfg(test)]
+impl Ring {
+    /// Tries to open a file through the ring and returns what the kernel says.
+    pub(super) fn push_foreign(&mut self) -> i32 {
+        let here = io_uring::types::Fd(libc::AT_FDCWD);
+        let entry = opcode::OpenAt::new(here, c"/dev/null".as_ptr()).build();
+        // SAFETY: the path is static.
+        unsafe { self.uring.submission().push(&entry).unwrap() };
+        self.uring.submit_and_wait(1).unwrap();
+        self.uring.completion().next().unwrap().result()
+    }
+}
+
 impl AsRawFd for Ring {
     fn as_raw_fd(&self) -> RawFd {
         self.uring.as_raw_fd()
@@ -142,6 +173,8 @@ impl AsRawFd for Ring {
 
 /// `IOSQE_FIXED_FILE` (io_uring_enter(2)): the descriptor is an index into the registered ones.
 const FIXED_FILE: u8 = 1;
+/// `IORING_UNREGISTER_FILES` (io_uring_register(2)).
+const UNREGISTER_FILES: u8 = 3;
 
 fn entry(operation: &Operation<'_>) -> squeue::Entry {
     let disk = Fixed(0);

@@ -6,8 +6,8 @@
 //!   config space, features, save  ── start ─► pop ─► request.rs: what is asked, or why not
 //!   stop, update, counters        ◄── stop ──   │
 //!                                               ├─ now:   preadv/pwritev on this thread
-//!                                               └─ later: io_uring; job.rs keeps the
-//!                                                  buffers until the kernel is done
+//!                                               └─ later: io_uring; flight.rs keeps
+//!                                                  the buffers until the kernel is done
 //! ```
 //!
 //! **Where a request is carried out.** Figures of a 256 MiB image, 4 KiB random requests, 32
@@ -37,7 +37,9 @@
 //! owner replaces the disk: the kernel reports lost data only once, the guest may ask twice.
 
 mod config;
+mod flight;
 mod job;
+mod pace;
 mod request;
 mod stats;
 mod worker;
@@ -55,6 +57,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
+    Memory,
     disk::{self, Disk, DiskError, DiskOptions},
     limits::{BLOCK_QUEUES_MAX, QUEUE_SIZE_MAX},
     state::{Section, StateError},
@@ -175,6 +178,7 @@ struct Saved {
 struct Running {
     features: u64,
     interrupt: Arc<dyn Interrupt>,
+    memory: Memory,
     /// The machine's worker, for handlers that never wait.
     worker: Worker,
     handlers: Vec<(Worker, HandlerId)>,
@@ -271,10 +275,12 @@ impl Block {
             disk: Arc::clone(&self.disk),
             stats: Arc::clone(&self.stats),
             interrupt: Arc::clone(&running.interrupt),
+            memory: running.memory.clone(),
             terms: self.terms(running.features),
             serial: serial(&self.settings.id),
             stable: self.about.features & !running.features & config::F_FLUSH != 0,
             rings,
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
             id: self.settings.id.clone(),
             logged: AtomicBool::new(false),
         });
@@ -349,6 +355,14 @@ impl Block {
     }
 }
 
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Some(running) = self.running.take() {
+            let _ = self.land(running);
+        }
+    }
+}
+
 impl VirtioDevice for Block {
     fn about(&self) -> &About {
         &self.about
@@ -372,6 +386,7 @@ impl VirtioDevice for Block {
         let running = Running {
             features: active.features,
             interrupt: active.interrupt,
+            memory: active.memory,
             worker: active.worker,
             handlers: Vec::new(),
             bells,
@@ -470,3 +485,6 @@ fn serial(id: &str) -> [u8; 20] {
     }
     serial
 }
+
+#[cfg(test)]
+mod tests;

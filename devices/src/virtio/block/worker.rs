@@ -27,13 +27,16 @@ use std::{
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::{
+    flight::Flight,
     job::{Job, Step, give_back},
+    pace::Pace,
     request::{IOERR, OK, Refusal, Request, Terms, UNSUPP},
     stats::{Stats, Tally},
 };
 use crate::{
+    Memory,
     disk::{Bounce, Disk, Ring},
-    limits::{BLOCK_TURN_BYTES, DRAIN_DEADLINE, TURN_BUDGET},
+    limits::{BLOCK_LINGER, BLOCK_TURN_BYTES, DRAIN_DEADLINE, TURN_BUDGET},
     virtio::{Interrupt, queue::Queue},
     worker::{Handler, Source, Watch},
 };
@@ -50,12 +53,15 @@ pub(super) struct Shared {
     pub disk: Arc<Disk>,
     pub stats: Arc<Stats>,
     pub interrupt: Arc<dyn Interrupt>,
+    pub memory: Memory,
     pub terms: Terms,
     pub serial: [u8; 20],
     /// Writes complete when they are durable.
     pub stable: bool,
     /// What may wait goes through rings.
     pub rings: bool,
+    /// Processors of this host.
+    pub processors: usize,
     pub id: String,
     /// A failure was logged since the driver started.
     pub logged: AtomicBool,
@@ -77,9 +83,7 @@ pub(super) struct QueueHandler {
     shared: Arc<Shared>,
     /// The request being taken.
     fresh: Job,
-    /// Requests the kernel works on, by head; empty when nothing ever goes to a ring.
-    table: Vec<Job>,
-    ring: Option<Ring>,
+    flight: Flight,
     rings: bool,
     bounce: Bounce,
     tally: Tally,
@@ -89,6 +93,7 @@ pub(super) struct QueueHandler {
     /// Reads that go straight to the ring before the cache is tried again, and how many it
     /// was the last time; `None` when the host has no such call.
     skip: Option<(u16, u16)>,
+    pace: Pace,
     broken: bool,
 }
 
@@ -126,14 +131,14 @@ impl QueueHandler {
     pub fn new(queue: Queue, bell: Arc<EventFd>, shared: Arc<Shared>) -> QueueHandler {
         let jobs = if shared.rings { queue.size() } else { 0 };
         QueueHandler {
-            table: (0..jobs).map(|_| Job::default()).collect(),
+            flight: Flight::new(jobs, shared.memory.clone()),
             rings: shared.rings,
             skip: (shared.disk.direct().is_none()).then_some((0, 0)),
+            pace: Pace::new(shared.processors),
             queue,
             bell,
             shared,
             fresh: Job::default(),
-            ring: None,
             bounce: Bounce::new(),
             tally: Tally::default(),
             signal: false,
@@ -159,12 +164,15 @@ impl QueueHandler {
                     break;
                 }
             };
-            self.reap();
             if budget.is_spent() || !all {
                 let _ = self.bell.write(1);
                 break;
             }
+            if self.linger() {
+                continue;
+            }
             if !self.queue.arm() {
+                self.pace.sleep(Instant::now());
                 break;
             }
             self.queue.disarm();
@@ -173,12 +181,32 @@ impl QueueHandler {
         self.shared.stats.add(&mut self.tally);
     }
 
+    /// Looks a moment longer for more to do, where that was seen to pay.
+    fn linger(&mut self) -> bool {
+        if !self.pace.is_eager() || self.flight.count() > 0 {
+            return false;
+        }
+        self.tell();
+        let begun = Instant::now();
+        let found = loop {
+            if self.queue.waiting().is_ok_and(|n| n > 0) {
+                break true;
+            }
+            if begun.elapsed() > BLOCK_LINGER {
+                break false;
+            }
+            (0..16).for_each(|_| std::hint::spin_loop());
+        };
+        self.pace.looked(found);
+        found
+    }
+
     /// Takes what the driver offers, until nothing is left or the budget is spent.
     fn take(&mut self, budget: &mut Budget, watch: &mut Watch<'_>) -> Result<(), Fault> {
         while !budget.is_spent() && self.queue.pop(&mut self.fresh.chain).map_err(Fault::Queue)? {
             budget.requests -= 1;
             let head = self.fresh.chain.head();
-            if self.table.get(usize::from(head)).is_some_and(|job| job.busy) {
+            if self.flight.table.get(usize::from(head)).is_some_and(|job| job.busy) {
                 return Err(Fault::Busy(head));
             }
             match self.fresh.read_request(&self.shared.terms) {
@@ -254,13 +282,13 @@ impl QueueHandler {
     /// Makes the ring with the first request that needs it. Without one, this queue goes on
     /// with plain calls.
     fn have_ring(&mut self, watch: &mut Watch<'_>) -> bool {
-        if self.ring.is_some() {
+        if self.flight.ring.is_some() {
             return true;
         }
         let made = Ring::new(&self.shared.disk, self.queue.size())
             .and_then(|ring| watch.add(Source::readable(&ring, RING)).map(|()| ring));
         match made {
-            Ok(ring) => self.ring = Some(ring),
+            Ok(ring) => self.flight.ring = Some(ring),
             Err(e) => {
                 self.shared.log(&format_args!("no io_uring could be made ({e}), so its requests wait"));
                 self.rings = false;
@@ -272,7 +300,8 @@ impl QueueHandler {
     /// Queues the fresh request for the ring; false when only a plain call will do.
     fn later(&mut self) -> bool {
         let head = self.fresh.chain.head();
-        let (Some(job), Some(ring)) = (self.table.get_mut(usize::from(head)), &mut self.ring) else {
+        let (Some(job), Some(ring)) = (self.flight.table.get_mut(usize::from(head)), &mut self.flight.ring)
+        else {
             return false;
         };
         std::mem::swap(job, &mut self.fresh);
@@ -286,20 +315,31 @@ impl QueueHandler {
         true
     }
 
-    /// Gives what was queued to the kernel; false when it took only a part.
+    /// Gives what was queued to the kernel, and finishes what it did at once, which may queue
+    /// more; false when the kernel took only a part.
     fn submit(&mut self) -> Result<bool, Fault> {
-        self.ring.as_mut().map_or(Ok(true), |ring| ring.submit().map_err(Fault::Ring))
+        while let Some(ring) = self.flight.ring.as_mut().filter(|ring| ring.queued() > 0) {
+            if !ring.submit().map_err(Fault::Ring)? {
+                return Ok(false);
+            }
+            self.reap();
+        }
+        Ok(true)
     }
 
     /// Finishes what the kernel has finished.
     fn reap(&mut self) {
-        while let Some((token, result)) = self.ring.as_mut().and_then(Ring::reap) {
+        while let Some((token, result)) = self.flight.ring.as_mut().and_then(Ring::reap) {
             let head = token as u16;
-            let Some(job) = self.table.get_mut(usize::from(head)).filter(|job| job.busy) else { continue };
+            let Some(job) = self.flight.table.get_mut(usize::from(head)).filter(|job| job.busy) else {
+                continue;
+            };
             let shared = &self.shared;
             let result = match job.completed(result, &shared.disk) {
                 Step::Done(result) => result,
-                Step::Again if self.ring.as_mut().is_some_and(|ring| push(ring, job, head, shared)) => {
+                Step::Again
+                    if self.flight.ring.as_mut().is_some_and(|ring| push(ring, job, head, shared)) =>
+                {
                     continue;
                 }
                 Step::Again | Step::Plain => job.plain(&shared.disk, shared.stable, &mut self.bounce),
@@ -346,24 +386,20 @@ impl QueueHandler {
         self.shared.interrupt.needs_reset();
     }
 
-    fn in_flight(&self) -> u32 {
-        self.ring.as_ref().map_or(0, Ring::in_flight)
-    }
-
     /// Waits until the kernel is done with everything, or for `limit`.
     fn settle(&mut self, limit: Duration) -> bool {
         let end = Instant::now() + limit;
         loop {
-            let _ = self.submit();
             self.reap();
-            if self.in_flight() == 0 {
+            let _ = self.submit();
+            if self.flight.count() == 0 {
                 return true;
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
             }
-            if let Some(ring) = &mut self.ring {
+            if let Some(ring) = &mut self.flight.ring {
                 ring.wait(left.min(Duration::from_millis(200)));
             }
         }
@@ -390,13 +426,14 @@ fn judge(shared: &Shared, result: io::Result<()>) -> u8 {
 
 impl Handler for QueueHandler {
     fn sources(&self) -> Vec<Source> {
-        let ring = self.ring.as_ref().map(|ring| Source::readable(ring, RING));
+        let ring = self.flight.ring.as_ref().map(|ring| Source::readable(ring, RING));
         [Source::readable(&*self.bell, BELL)].into_iter().chain(ring).collect()
     }
 
     fn ready(&mut self, token: u32, _events: EventSet, watch: &mut Watch<'_>) {
         if token == BELL {
             let _ = self.bell.read();
+            self.pace.wake(Instant::now());
         }
         if self.broken {
             self.reap();
@@ -413,32 +450,12 @@ impl Handler for QueueHandler {
         if settled {
             return vec![self.queue];
         }
-        // The kernel may still write into guest memory: everything it knows stays until it
-        // is done, and the queue is not given back, which the asker reports.
-        self.shared.log(&format_args!("{} requests were not finished in time", self.in_flight()));
+        // The kernel may still write into guest memory: all of it stays until it is done, on
+        // a thread of its own, and the queue is not given back, which the asker reports.
+        self.shared.log(&format_args!("{} requests were not finished in time", self.flight.count()));
+        self.broken = true;
         let late = thread::Builder::new().name("blk-late".to_owned()).stack_size(64 * 1024);
-        let mut kept = Keep(Some(self));
-        let _ = late.spawn(move || kept.wait());
+        let _ = late.spawn(move || while !self.settle(Duration::from_secs(3600)) {});
         Vec::new()
-    }
-}
-
-/// A handler whose requests outlived its time. Forgotten rather than dropped too early.
-struct Keep(Option<Box<QueueHandler>>);
-
-impl Keep {
-    fn wait(&mut self) {
-        if let Some(mut handler) = self.0.take() {
-            handler.broken = true;
-            while !handler.settle(Duration::from_secs(3600)) {}
-        }
-    }
-}
-
-impl Drop for Keep {
-    fn drop(&mut self) {
-        if let Some(handler) = self.0.take() {
-            std::mem::forget(handler);
-        }
     }
 }
