@@ -1,11 +1,58 @@
 //! The command line: one file a subcommand.
+//!
+//! Habits are Docker's. Standard output carries only what was asked for; progress and
+//! failures go to standard error. Exit codes: the guest's own, 128 and the number for a
+//! signal, 126 and 127 for a command that cannot be run or found, 125 for failures of ours.
 
+pub mod failure;
+pub mod keeper;
+pub mod kernel;
+pub mod log;
+pub mod progress;
+pub mod run;
+pub mod state;
 pub mod terminal;
+pub mod values;
 pub mod vmm;
 
 use std::{path::Path, process::ExitCode};
 
 use api::Fault;
+use clap::{CommandFactory, Parser, Subcommand};
+
+use failure::{EXIT_OURS, Outcome};
+
+/// Virtual machines that start like processes and are moved like files
+#[derive(Debug, Parser)]
+#[command(name = "nacelle", version, infer_subcommands = false, disable_help_subcommand = true)]
+#[command(after_help = "Run 'nacelle COMMAND --help' for more on a command.")]
+pub struct Nacelle {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(Box<run::Args>),
+    /// Run one machine from a configuration file; see 'nacelle vmm --help'
+    #[command(disable_help_flag = true)]
+    Vmm {
+        /// Firecracker's arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Keep a detached machine
+    #[command(hide = true)]
+    Keep {
+        /// Its id
+        id: String,
+    },
+}
+
+/// The whole command line, for completion and manual pages.
+pub fn command() -> clap::Command {
+    Nacelle::command()
+}
 
 /// Runs the command that the process was called as.
 pub fn main() -> ExitCode {
@@ -20,8 +67,33 @@ pub fn main() -> ExitCode {
     if arguments.peek().is_some_and(|a| a == "vmm") {
         return vmm::main(arguments.skip(1));
     }
-    eprintln!("nacelle: unknown command");
-    ExitCode::from(125)
+    match Nacelle::try_parse() {
+        Ok(parsed) => finish(dispatch(parsed.command)),
+        Err(error) => {
+            let _ = error.print();
+            ExitCode::from(if error.use_stderr() { EXIT_OURS } else { 0 })
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Outcome<u8> {
+    match command {
+        Command::Run(args) => run::run(*args),
+        Command::Keep { id } => Ok(run::keep(&id)),
+        // Found before the parser ran.
+        Command::Vmm { .. } => Ok(0),
+    }
+}
+
+/// Prints a failure and ends the process with its code. Threads that still read a terminal
+/// end with it.
+fn finish(outcome: Outcome<u8>) -> ! {
+    terminal::restore();
+    let code = outcome.unwrap_or_else(|failure| {
+        eprintln!("nacelle: {failure}");
+        failure.code
+    });
+    std::process::exit(code.into())
 }
 
 /// Prints a fault to standard error: what was wrong, then each cause on its own line.

@@ -1,0 +1,85 @@
+use super::*;
+
+fn record(id: &str, name: &str) -> Record {
+    Record {
+        id: id.to_owned(),
+        name: name.to_owned(),
+        image: "busybox".to_owned(),
+        image_key: String::new(),
+        command: vec!["true".to_owned()],
+        env: Vec::new(),
+        cpus: 1,
+        memory_mib: 128,
+        kernel: PathBuf::new(),
+        terminal: false,
+        ephemeral: false,
+        stop_signal: 15,
+        created: now(),
+        started: None,
+        monitor: None,
+        keeper: None,
+        end: None,
+    }
+}
+
+fn state() -> (tempfile::TempDir, State) {
+    let dir = tempfile::tempdir().unwrap();
+    let state = State::at(dir.path().join("state")).unwrap();
+    (dir, state)
+}
+
+#[test]
+fn machines_are_found_by_name_id_and_unique_start() {
+    let (_dir, state) = state();
+    state.create(record("aaaa11", "one")).unwrap();
+    state.create(record("aaaa22", "two")).unwrap();
+    assert_eq!(state.find("two").unwrap().record.id, "aaaa22");
+    assert_eq!(state.find("aaaa1").unwrap().record.name, "one");
+    assert_eq!(state.find("aaaa11").unwrap().record.name, "one");
+    let several = state.find("aaaa").unwrap_err().message;
+    assert!(several.contains("one") && several.contains("two"), "{several}");
+    assert!(state.find("twoo").unwrap_err().message.contains("did you mean two?"));
+    assert!(state.find("").is_err());
+}
+
+#[test]
+fn a_name_belongs_to_one_machine_until_it_is_removed() {
+    let (_dir, state) = state();
+    let first = state.create(record("a1", "web")).unwrap();
+    let refused = state.create(record("a2", "web")).unwrap_err().message;
+    assert!(refused.contains("nacelle rm web"), "{refused}");
+    first.remove().unwrap();
+    state.create(record("a2", "web")).unwrap();
+    assert!(state.create(record("a3", "../web")).unwrap_err().message.contains("letters"));
+}
+
+#[test]
+fn made_up_names_differ() {
+    let (_dir, state) = state();
+    let first = state.create(record("00aabbccdd", "")).unwrap().record.name;
+    let second = state.create(record("00eeff0011", "")).unwrap().record.name;
+    assert_ne!(first, second);
+}
+
+#[test]
+fn a_machine_whose_process_is_gone_is_dead_and_a_reused_number_is_not_taken_for_it() {
+    let me = ProcessName::of(std::process::id() as i32).unwrap();
+    let mut one = record("a1", "one");
+    (one.started, one.monitor, one.keeper) = (Some(1), Some(me), Some(me));
+    assert_eq!(one.status(), Status::Running);
+    one.monitor = Some(ProcessName { started: me.started + 1, ..me });
+    assert_eq!(one.status(), Status::Dead);
+    assert!(!one.monitor.unwrap().signal(0));
+    one.end = Some(End { exit_code: 0, reason: None, at: 2 });
+    assert_eq!(one.status(), Status::Exited);
+}
+
+#[test]
+fn a_broken_record_is_no_machine_and_hides_no_other() {
+    let (_dir, state) = state();
+    let broken = state.create(record("a1", "one")).unwrap();
+    state.create(record("a2", "two")).unwrap();
+    fs::write(broken.file("machine.json"), "{").unwrap();
+    let names: Vec<_> = state.machines().unwrap().into_iter().map(|m| m.record.name).collect();
+    assert_eq!(names, ["two"]);
+}
