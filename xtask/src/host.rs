@@ -86,10 +86,10 @@ pub fn need(purpose: &str, packages: &[Package]) -> Result<()> {
     }
     let list = missing.join(" ");
     if find_program("apt-get").is_none() {
-        bail!("{purpose} needs the Debian packages {list}, and this host has no apt-get");
+        bail!("Missing for {purpose}: the Debian packages {list}; this host has no apt-get to install them");
     }
     if !is_root() {
-        bail!("{purpose} needs the packages {list}; install them as root: apt-get install {list}");
+        bail!("Missing for {purpose}: the packages {list}; install them as root: apt-get install {list}");
     }
     update_package_lists(&format!("for {purpose}, which needs {list}"))?;
     progress::step(&format!("Installing {list} for {purpose}"), || {
