@@ -81,7 +81,8 @@ fn in_a_machine() -> Result<std::convert::Infallible, String> {
     let begun = boot::prepare();
     let power = Arc::new(Power::new(true));
     let result = begun.and_then(|()| {
-        let listener = boot::until_listening(|| Listener::vsock(AGENT_PORT))?;
+        let listener = Listener::vsock(AGENT_PORT)
+            .map_err(|e| format!("cannot listen; has the kernel no virtio vsock? {e}"))?;
         let agent = Agent::new(Path::new(BASE), Path::new("/sys/fs/cgroup"), "container", power.clone());
         agent.serve(&listener, || transport::announce_by_vsock(READY_PORT).map(Arrival::Host))
     });
@@ -126,15 +127,18 @@ impl Agent {
     fn serve(
         &self,
         listener: &Listener,
-        announce: impl FnOnce() -> std::io::Result<Arrival> + Send + 'static,
+        announce: impl Fn() -> std::io::Result<Arrival> + Send + 'static,
     ) -> Result<std::convert::Infallible, String> {
         // Before there are threads: they inherit the mask, so only the reaper takes signals.
         block_signals();
         raise_file_limit();
         let server = self.server.clone();
-        spawn(move || {
-            if let Ok(arrival) = announce() {
-                server.admit(arrival);
+        spawn(move || match boot::announce(announce) {
+            Ok(Some(arrival)) => server.admit(arrival),
+            Ok(None) => {}
+            Err(why) => {
+                boot::say(&format!("{why}; turning the machine off"));
+                server.power.off(false);
             }
         })?;
         let server = self.server.clone();

@@ -109,14 +109,18 @@ fn parameters(command_line: &str, file: &str) -> String {
     command_line.split_whitespace().filter_map(for_it).collect::<Vec<_>>().join(" ")
 }
 
-/// Waits until `listen` works, which it does once the vsock device is there.
-pub fn until_listening<T>(listen: impl Fn() -> io::Result<T>) -> Result<T, String> {
+/// Opens the connection to the host that says that we are there; `None` when the host does
+/// not listen for it, an error when there is no way to the host at all.
+///
+/// A socket can listen without any device, so this is what finds out whether there is one.
+pub fn announce<T>(connect: impl Fn() -> io::Result<T>) -> Result<Option<T>, String> {
     let until = Instant::now() + LIMIT;
     loop {
-        match listen() {
-            Ok(listener) => return Ok(listener),
-            Err(e) if Instant::now() >= until => {
-                return Err(format!("no vsock device, or a kernel without vsock: {e}"));
+        match connect() {
+            Ok(connection) => return Ok(Some(connection)),
+            Err(e) if e.raw_os_error() != Some(libc::ENODEV) => return Ok(None),
+            Err(_) if Instant::now() >= until => {
+                return Err("the machine has no vsock device, so the host cannot reach it".into());
             }
             // A driver that probes in the background: milliseconds, in kernels with modules.
             Err(_) => std::thread::sleep(Duration::from_millis(1)),
