@@ -27,6 +27,10 @@
 //!   ring, and after misses the attempt is left out for a while;
 //! - writes, flushes and everything on an `O_DIRECT` disk go to the ring, in one batch.
 //!
+//! A polling driver on another core, 32 deep, was served this way with 760 thousand reads a
+//! second from tmpfs (a program of its own with io_uring: 240 to 570) and 1150 thousand from
+//! cached ext4 (1130 to 1390), with five doorbells in all: see `pace.rs`.
+//!
 //! [`Engine::Sync`] does everything by plain calls. Whatever may wait for a medium runs on a
 //! worker thread of its own, so that a slow disk delays nobody else.
 //!

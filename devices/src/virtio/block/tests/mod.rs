@@ -1,6 +1,7 @@
 //! The device under a driver in software.
 
 mod hostile;
+mod hosts;
 mod life;
 mod model;
 mod parsing;
