@@ -124,7 +124,9 @@ fn read_length(from: &mut impl Read) -> Result<u32, FrameError> {
 }
 
 fn read_body(from: &mut impl Read, length: u32, into: &mut Vec<u8>) -> Result<(), FrameError> {
-    // `take` and `read_to_end` grow the buffer with what arrives, not with what is announced.
+    // `take` and `read_to_end` grow the buffer with what arrives, not with what is announced,
+    // beyond what makes the usual message one read.
+    into.reserve((length as usize).min(8 << 10));
     let read = from.take(u64::from(length)).read_to_end(into).map_err(FrameError::Stream)?;
     if read < length as usize { Err(FrameError::Truncated) } else { Ok(()) }
 }

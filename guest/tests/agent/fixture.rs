@@ -2,14 +2,15 @@
 
 use guest::{
     client::{Agent, Machine, ReadyListener},
-    protocol::{Exit, ExitStatus, ProcessId, ProcessSpec, Root, Setup, Stream, Writable},
+    protocol::{Exit, ExitStatus, MAIN, ProcessId, ProcessSpec, Root, Setup, Stream, Writable},
 };
 use std::{
     io::Read,
+    os::unix::net::UnixStream,
     path::PathBuf,
     process::{Child, Command},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Longest wait for anything in these tests.
@@ -58,11 +59,34 @@ impl Fixture {
         Some(fixture)
     }
 
-    /// An agent whose container runs `sleep`.
+    /// An agent whose container runs, and ends with code 7 on SIGTERM.
     pub fn running() -> Option<Self> {
         let mut fixture = Self::ready(|_| ())?;
-        fixture.agent.start(shell("trap 'exit 7' TERM; while :; do sleep 1 & wait $!; done")).unwrap();
+        let wait = "trap 'exit 7' TERM; echo ready; while :; do sleep 1 & wait $!; done";
+        fixture.agent.start(shell(wait)).unwrap();
+        fixture.await_line(MAIN, "ready\n");
         Some(fixture)
+    }
+
+    /// Reads the first line of a process's output, and leaves the stream to others.
+    pub fn await_line(&self, process: ProcessId, line: &str) {
+        let mut stream = self.machine.kept_stream(process, Stream::Stdout).unwrap();
+        let mut bytes = vec![0; line.len()];
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.read_exact(&mut bytes).unwrap();
+        assert_eq!(String::from_utf8_lossy(&bytes), line);
+    }
+
+    /// Opens a stream that someone else has just let go of.
+    pub fn take_over(&self, process: ProcessId, which: Stream) -> UnixStream {
+        let until = Instant::now() + LIMIT;
+        loop {
+            match self.machine.kept_stream(process, which) {
+                Ok(stream) => return stream,
+                Err(e) if Instant::now() > until => panic!("{e}"),
+                Err(_) => thread::sleep(Duration::from_millis(10)),
+            }
+        }
     }
 
     /// Runs something beside the main process to its end: exit code, output, errors.

@@ -11,7 +11,7 @@ use guest::{
 use std::{
     io::{Read, Write},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 #[test]
@@ -100,7 +100,6 @@ fn stopping_the_main_process_ends_everything_beside_it() {
     let Some(mut f) = Fixture::running() else { return };
     let mut agent = f.machine.control().unwrap();
     let (beside, _) = agent.exec(command(&["sleep", "100"])).unwrap();
-    thread::sleep(Duration::from_millis(300));
     f.agent.signal(MAIN, libc::SIGTERM).unwrap();
     assert_eq!(code(&f.agent.wait(MAIN, Some(LIMIT)).unwrap().unwrap()), 7);
     let exit = agent.wait(beside, Some(LIMIT)).unwrap().unwrap();
@@ -119,9 +118,13 @@ fn our_init_reaps_orphans_and_hands_signals_on() {
     let script = "for i in 1 2 3 4 5; do (sleep 0.1 &) ; done; trap 'exit 9' USR1; echo $$; \
                   while :; do sleep 1 & wait $!; done";
     f.agent.start(ProcessSpec { init: true, ..shell(script) }).unwrap();
-    thread::sleep(Duration::from_millis(500));
-    let (_, out, _) = f.run(shell("cat /proc/1/comm; grep -l '^State:.Z' /proc/[0-9]*/status | wc -l"));
-    assert_eq!(out, "nacelle-init\n0\n");
+    f.await_line(MAIN, "2\n");
+    let begun = Instant::now();
+    // The orphans end a moment after they became orphans.
+    let zombies = "cat /proc/1/comm; grep -l '^State:.Z' /proc/[0-9]*/status | wc -l";
+    while f.run(shell(zombies)).1 != "nacelle-init\n0\n" {
+        assert!(begun.elapsed() < LIMIT);
+    }
     f.agent.signal(MAIN, libc::SIGUSR1).unwrap();
     assert_eq!(code(&f.agent.wait(MAIN, Some(LIMIT)).unwrap().unwrap()), 9);
 }
@@ -259,7 +262,7 @@ fn ten_thousand_short_processes_leave_nothing_behind() {
 #[test]
 fn orphans_of_a_double_fork_do_not_hold_the_end_back() {
     let Some(f) = Fixture::running() else { return };
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let (code, out, _) = f.run(shell("(setsid sleep 30 & ) ; echo started; exit 3"));
     assert_eq!((code, out.as_str()), (3, "started\n"));
     assert!(begun.elapsed() < Duration::from_secs(15));

@@ -98,7 +98,7 @@ fn a_lost_reader_does_not_block_the_process_and_another_may_come() {
     // It runs on without a reader until it waits for input.
     let mut input = f.machine.stream(id, Stream::Stdin).unwrap();
     thread::sleep(Duration::from_secs(1));
-    let mut second = f.machine.stream(id, Stream::Stdout).unwrap();
+    let mut second = f.take_over(id, Stream::Stdout);
     input.write_all(b"go\n").unwrap();
     let mut rest = String::new();
     second.read_to_string(&mut rest).unwrap();
@@ -121,11 +121,10 @@ fn a_kept_stream_waits_for_its_keeper() {
     input.write_all(b"one").unwrap();
     read(&mut output, b"one");
     drop((input, output));
-    thread::sleep(Duration::from_millis(300));
-    let mut input = f.machine.kept_stream(id, Stream::Stdin).unwrap();
+    let mut input = f.take_over(id, Stream::Stdin);
     input.write_all(b"two").unwrap();
-    thread::sleep(Duration::from_millis(300));
-    let mut output = f.machine.kept_stream(id, Stream::Stdout).unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let mut output = f.take_over(id, Stream::Stdout);
     read(&mut output, b"two");
     agent.close_stdin(id).unwrap();
     input.write_all(b"three").unwrap();
