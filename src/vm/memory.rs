@@ -79,11 +79,18 @@ pub fn map(config: &MachineConfig) -> Result<Memory, MemoryError> {
             flags = (flags & !libc::MAP_NORESERVE) | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
             hint = " from 2 MiB pages; raise /proc/sys/vm/nr_hugepages";
         }
-        let mapping = MmapRegionBuilder::new_with_bitmap(size, bitmap)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(flags)
-            .build()
-            .map_err(|source| MemoryError::Map { mib: len >> 20, hint, source })?;
+        let failed = |source| MemoryError::Map { mib: len >> 20, hint, source };
+        let at = map_aligned(size, flags).map_err(|e| failed(MmapRegionError::Mmap(e)))?;
+        // SAFETY: `at` is a fresh mapping of `size` bytes with this protection and these
+        // flags; it is never unmapped, as the region says of itself (it does not own it).
+        let mapping = unsafe {
+            MmapRegionBuilder::new_with_bitmap(size, bitmap)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(flags)
+                .with_raw_mmap_pointer(at)
+                .build()
+        };
+        let mapping = mapping.map_err(failed)?;
         if config.huge_pages == HugePages::Transparent {
             // Best effort by its nature: a kernel without them goes on with small pages.
             let _ = advise(mapping.as_ptr(), size, libc::MADV_HUGEPAGE);
@@ -94,6 +101,40 @@ pub fn map(config: &MachineConfig) -> Result<Memory, MemoryError> {
         regions.push(GuestRegionMmap::new(mapping, base).ok_or(MemoryError::Regions)?);
     }
     Memory::from_regions(regions).map_err(|_| MemoryError::Regions)
+}
+
+/// Maps `size` bytes at an address that is a multiple of 2 MiB, as all regions of RAM are in
+/// the guest. Only then can one huge page of the host back one of the guest; without it a
+/// boot was measured to leave the guest six times as often, for pages to be mapped one by one.
+fn map_aligned(size: usize, flags: i32) -> io::Result<*mut u8> {
+    const HUGE: usize = 2 << 20;
+    let room = size.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
+    let quiet = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let (null, open) = (std::ptr::null_mut(), libc::PROT_READ | libc::PROT_WRITE);
+    // SAFETY: first an inaccessible range is taken at an address of the kernel's choice, then
+    // part of it is replaced by the memory proper and the rest is given back. No other mapping
+    // is touched.
+    unsafe {
+        let base = libc::mmap(null, room, libc::PROT_NONE, quiet, -1, 0);
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let before = (base as usize).next_multiple_of(HUGE) - base as usize;
+        let at = base.byte_add(before);
+        let mapped = libc::mmap(at, size, open, flags | libc::MAP_FIXED, -1, 0);
+        if mapped == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            libc::munmap(base, room);
+            return Err(error);
+        }
+        if before > 0 {
+            libc::munmap(base, before);
+        }
+        // A region need not end on a page boundary of the huge kind.
+        let end = size.next_multiple_of(PAGE);
+        libc::munmap(at.byte_add(end), room - before - end);
+        Ok(at.cast())
+    }
 }
 
 /// Gives each region of `memory` to KVM as a slot of its own.
