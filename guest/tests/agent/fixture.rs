@@ -118,6 +118,10 @@ impl Fixture {
 
 impl Drop for Fixture {
     fn drop(&mut self) {
+        // In order first, so that no control group stays behind on the host.
+        if let Ok(mut agent) = self.machine.clone().with_timeout(Duration::from_secs(5)).control() {
+            let _ = agent.shutdown(false);
+        }
         // The child we know waits for the agent proper, which dies with it.
         let _ = self.process.kill();
         let _ = self.process.wait();
