@@ -39,3 +39,15 @@ pub fn nacelle() -> Result<PathBuf> {
     let folder = own.parent().context("This program lies in no folder")?;
     Ok(folder.join("nacelle"))
 }
+
+/// Builds the monitor alone as it is shipped; its path.
+pub fn release() -> Result<PathBuf> {
+    progress::step_of_program(
+        "Building nacelle's release (some minutes the first time)",
+        cargo().args(["build", "--release", "-p", "nacelle"]),
+    )?;
+    let own = env::current_exe().context("Cannot tell where this program lies")?;
+    // TARGET/debug/xtask stands beside TARGET/release/nacelle.
+    let folder = own.parent().and_then(Path::parent).context("This program lies in no folder")?;
+    Ok(folder.join("release/nacelle"))
+}

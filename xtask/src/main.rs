@@ -6,9 +6,11 @@
 //! | `test` | all tests: unit tests directly, guest tests directly or in the lab |
 //! | `lab` | runs any command in an emulated machine with a real `/dev/kvm` |
 //! | `kernel` | builds nacelle's small guest kernel |
+//! | `bench` | measures, beside a peer or a floor of the same run |
 //!
 //! The program is static, because it is also process 1 of the lab's machine (`lab::init`).
 
+mod bench;
 mod build;
 mod debian;
 mod elf_kernel;
@@ -62,6 +64,8 @@ enum Task {
         #[arg(short, long)]
         jobs: Option<u32>,
     },
+    /// Measure boot, start, disks, network or vsock beside a peer or a floor of the same run
+    Bench(bench::Arguments),
     /// Run a test program in the lab, for cargo's runner setting
     #[command(hide = true)]
     LabRunner {
@@ -111,6 +115,7 @@ fn main() -> ExitCode {
         Task::Run { arguments } => (run::run(&arguments), lab::FAILED),
         Task::Test { filter } => (test::run(&filter), 1),
         Task::Kernel { debian, jobs } => (make_kernel(debian, jobs), 1),
+        Task::Bench(arguments) => (bench::run(&arguments), lab::FAILED),
         Task::LabRunner { command } => (lab::run_test(&command), lab::FAILED),
     };
     match command {

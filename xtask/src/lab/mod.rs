@@ -40,6 +40,7 @@ use anyhow::{Context, Result};
 
 use crate::host;
 use cache::Cache;
+pub use initrd::Archive;
 use machine::Machine;
 use order::Order;
 pub use session::Outcome;
@@ -59,7 +60,6 @@ pub enum Streams {
     /// Output to ours, standard input empty.
     OutputOnly,
     /// Standard input empty, outputs kept.
-    #[expect(dead_code, reason = "benchmarks read what they measure through it; none does yet")]
     Captured {
         /// Bytes of standard output.
         stdout: Vec<u8>,

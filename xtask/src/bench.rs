@@ -1,0 +1,89 @@
+//! `cargo xtask bench`: what nacelle costs, beside a peer or a floor measured in the same run.
+//!
+//! | bench | measures | beside |
+//! |---|---|---|
+//! | `boot` | exec to guest init to exit: processor time, exits | QEMU's microvm, any `--peer` |
+//! | `start` | exec to the first `KVM_RUN`, and an idle machine's footprint | its limits |
+//! | `block` | random reads by a polling guest | the same reads by a native io_uring program |
+//! | `net` | large packets through a tap | reads and writes on the tap itself |
+//! | `vsock` | streams and round trips to a unix socket | a socket pair |
+//!
+//! An absolute figure of one machine says little on another one, so every figure has its
+//! counterpart from the same minutes on the same machine, and what counts is the ratio.
+//!
+//! ```text
+//!   boot:   this program -> lab counting instructions -> this program (--inside) -> monitors
+//!   others: this program -> nacelle vmm -> bare-metal guest of tests/payload
+//! ```
+//!
+//! `boot` counts instructions where the host has no hardware virtualization: times are of a
+//! machine that does 500 million instructions a second, and repeat within a percent.
+
+mod boot;
+mod report;
+mod spent;
+mod trace;
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+
+use crate::build;
+
+/// What `cargo xtask bench` takes.
+#[derive(Args)]
+pub struct Arguments {
+    /// What to measure
+    what: What,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    json: bool,
+    /// How often everything is measured; the median counts
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Another monitor for `boot`, as NAME=PROGRAM; it must understand Firecracker's flags and
+    /// configuration file. May be repeated
+    #[arg(long, value_name = "NAME=PROGRAM")]
+    peer: Vec<String>,
+    /// Measure this nacelle instead of a release build of this tree
+    #[arg(long, value_name = "PROGRAM")]
+    nacelle: Option<PathBuf>,
+    /// The part of a benchmark that runs in the lab, by its plan
+    #[arg(long, hide = true, value_name = "PLAN")]
+    inside: Option<PathBuf>,
+}
+
+/// The benchmarks.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// Exec to guest init to exit
+    Boot,
+}
+
+/// Runs one benchmark; 0 when every target was met, 1 when one was missed.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    if let Some(plan) = &arguments.inside {
+        return boot::inside(plan);
+    }
+    let report = match arguments.what {
+        What::Boot => boot::run(arguments)?,
+    };
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(u8::from(!report.is_met()))
+}
+
+impl Arguments {
+    /// The program that is measured.
+    fn nacelle(&self) -> Result<PathBuf> {
+        match &self.nacelle {
+            Some(path) if path.is_file() => Ok(std::path::absolute(path)?),
+            Some(path) => bail!("--nacelle is {}, which is no file", path.display()),
+            None => build::release(),
+        }
+    }
+}
