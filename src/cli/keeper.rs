@@ -102,15 +102,8 @@ pub fn keep(
     outcome.map(|_| end.exit_code)
 }
 
-const FORWARDED: [i32; 7] = [
-    libc::SIGHUP,
-    libc::SIGINT,
-    libc::SIGQUIT,
-    libc::SIGTERM,
-    libc::SIGUSR1,
-    libc::SIGUSR2,
-    libc::SIGWINCH,
-];
+const FORWARDED: [i32; 7] =
+    [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
 
 fn end_of(exit: &Exit) -> End {
     let (exit_code, mut reason) = match exit.status {
@@ -148,7 +141,8 @@ fn run(
     machine.record.started = Some(now());
     machine.save()?;
 
-    let output = doing(Writer::open(&machine.file("output.log")), || "The output log cannot be opened".to_owned())?;
+    let output =
+        doing(Writer::open(&machine.file("output.log")), || "The output log cannot be opened".to_owned())?;
     let streams = Streams::begin(machine, &plan.process, attached, output)?;
     started(machine);
     let exit = wait(&mut agent, &mut monitor, machine, &plan.process, signals)?;

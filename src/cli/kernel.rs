@@ -97,7 +97,7 @@ impl Kernel {
 }
 
 /// The agent's binary: named by `NACELLE_AGENT`, or where it is installed.
-fn agent() -> Outcome<PathBuf> {
+pub fn agent() -> Outcome<PathBuf> {
     if let Some(path) = env::var_os("NACELLE_AGENT").filter(|v| !v.is_empty()) {
         return Ok(path.into());
     }

@@ -195,7 +195,10 @@ mod tests {
         }
         let kept = all(&mut Reader::open(&path), Stream::Out);
         let seen: Vec<u8> = kept.chunks(40).map(|c| c[0]).collect();
-        assert!(seen.len() >= 2 && seen.ends_with(&[9]) && seen.windows(2).all(|w| w[1] == w[0] + 1), "{seen:?}");
+        assert!(
+            seen.len() >= 2 && seen.ends_with(&[9]) && seen.windows(2).all(|w| w[1] == w[0] + 1),
+            "{seen:?}"
+        );
     }
 
     #[test]

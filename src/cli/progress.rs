@@ -38,7 +38,8 @@ impl Reporter {
         if terminal::is_terminal(2) {
             let bar = self.bar.get_or_insert_with(|| {
                 let style = "layer {prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}";
-                let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+                let style =
+                    ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
                 let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
                 bar.with_style(style.progress_chars("=> "))
             });

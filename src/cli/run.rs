@@ -294,11 +294,8 @@ fn prepare(
     process: ProcessSpec,
 ) -> Outcome<Plan> {
     let record = &machine.record;
-    let mut drives = vec![Drive {
-        is_read_only: true,
-        io_engine: IoEngine::Async,
-        ..drive("root", &image.root)
-    }];
+    let mut drives =
+        vec![Drive { is_read_only: true, io_engine: IoEngine::Async, ..drive("root", &image.root) }];
     let writable = if args.read_only {
         Writable::Memory { size: 0 }
     } else {
@@ -327,6 +324,7 @@ fn prepare(
         hostname,
         writable,
         read_only: args.read_only,
+        stop_signal: record.stop_signal,
         tmpfs: args.tmpfs.iter().map(tmpfs).collect(),
         disks,
         network: args.tap.iter().enumerate().map(|(i, tap)| interface(i, tap, record)).collect(),

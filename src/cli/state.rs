@@ -229,12 +229,17 @@ pub struct State {
 pub struct Lock(#[expect(dead_code, reason = "its lock ends with it")] File);
 
 impl State {
-    /// Opens the directory, making it if need be, for this user alone.
-    pub fn open() -> Outcome<State> {
+    /// Where the state is: `NACELLE_STATE_DIR`, `nacelle` in `XDG_RUNTIME_DIR`, or
+    /// `/run/nacelle`.
+    pub fn directory() -> PathBuf {
         let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         let runtime = || variable("XDG_RUNTIME_DIR").map(|dir| dir.join("nacelle"));
-        let root = variable("NACELLE_STATE_DIR").or_else(runtime).unwrap_or_else(|| "/run/nacelle".into());
-        State::at(root)
+        variable("NACELLE_STATE_DIR").or_else(runtime).unwrap_or_else(|| "/run/nacelle".into())
+    }
+
+    /// Opens the directory, making it if need be, for this user alone.
+    pub fn open() -> Outcome<State> {
+        State::at(State::directory())
     }
 
     /// The state in `root`.
@@ -356,12 +361,26 @@ fn check_name(name: &str) -> Outcome<()> {
 /// A name nobody has, easy to say and to type, chosen by the id.
 fn free_name(id: &str, machines: &[Machine]) -> String {
     const FIRST: [&str; 16] = [
-        "amber", "brisk", "calm", "dusky", "early", "fleet", "glad", "hazel", "ivory", "keen", "lofty", "mild",
-        "noble", "quiet", "swift", "tidy",
+        "amber", "brisk", "calm", "dusky", "early", "fleet", "glad", "hazel", "ivory", "keen", "lofty",
+        "mild", "noble", "quiet", "swift", "tidy",
     ];
     const SECOND: [&str; 16] = [
-        "albatross", "balloon", "cirrus", "condor", "falcon", "glider", "harrier", "kestrel", "kite", "lark",
-        "martin", "osprey", "petrel", "swallow", "swift", "zephyr",
+        "albatross",
+        "balloon",
+        "cirrus",
+        "condor",
+        "falcon",
+        "glider",
+        "harrier",
+        "kestrel",
+        "kite",
+        "lark",
+        "martin",
+        "osprey",
+        "petrel",
+        "swallow",
+        "swift",
+        "zephyr",
     ];
     let digit = |at: usize| id.get(at..=at).and_then(|d| usize::from_str_radix(d, 16).ok()).unwrap_or(0);
     let plain = format!("{}-{}", FIRST[digit(0)], SECOND[digit(1)]);

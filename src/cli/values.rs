@@ -198,7 +198,9 @@ mod tests {
 
     #[test]
     fn sizes_need_units() {
-        for (word, expected) in [("512M", 512 << 20), ("2g", 2 << 30), ("1.5K", 1536), ("7b", 7), ("1GiB", 1 << 30)] {
+        for (word, expected) in
+            [("512M", 512 << 20), ("2g", 2 << 30), ("1.5K", 1536), ("7b", 7), ("1GiB", 1 << 30)]
+        {
             assert_eq!(bytes(word), Ok(expected), "{word}");
         }
         for word in ["512", "", "M", "-1M", "1X", "1e400G", "1..2M"] {
