@@ -25,13 +25,11 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// An agent that has not been asked anything; `None` without root.
-    pub fn bare() -> Option<Self> {
+    /// An agent that has not been asked anything.
+    pub fn bare() -> Self {
         // SAFETY: no arguments.
-        if unsafe { libc::geteuid() } != 0 {
-            eprintln!("skipped: making namespaces needs root");
-            return None;
-        }
+        let user = unsafe { libc::geteuid() };
+        assert_eq!(user, 0, "these tests make namespaces and mounts: run them as root");
         let directory = tempfile::tempdir().unwrap();
         let uds = directory.path().join("vsock.sock");
         let ready = ReadyListener::bind(&uds).unwrap();
@@ -42,12 +40,12 @@ impl Fixture {
             .unwrap();
         let agent = Agent::over(ready.accept(LIMIT).unwrap(), LIMIT).unwrap();
         let machine = Machine::new(&uds).with_timeout(LIMIT);
-        Some(Self { process, machine, uds, agent, _directory: directory })
+        Self { process, machine, uds, agent, _directory: directory }
     }
 
     /// An agent with its container set up.
-    pub fn ready(change: impl FnOnce(&mut Setup)) -> Option<Self> {
-        let mut fixture = Self::bare()?;
+    pub fn ready(change: impl FnOnce(&mut Setup)) -> Self {
+        let mut fixture = Self::bare();
         let mut setup = Setup {
             hostname: "box".into(),
             root: Root::Directory { path: "/".into() },
@@ -56,16 +54,16 @@ impl Fixture {
         };
         change(&mut setup);
         fixture.agent.setup(setup).unwrap();
-        Some(fixture)
+        fixture
     }
 
     /// An agent whose container runs, and ends with code 7 on SIGTERM.
-    pub fn running() -> Option<Self> {
-        let mut fixture = Self::ready(|_| ())?;
+    pub fn running() -> Self {
+        let mut fixture = Self::ready(|_| ());
         let wait = "trap 'exit 7' TERM; echo ready; while :; do sleep 1 & wait $!; done";
         fixture.agent.start(shell(wait)).unwrap();
         fixture.await_line(MAIN, "ready\n");
-        Some(fixture)
+        fixture
     }
 
     /// Reads the first line of a process's output, and leaves the stream to others.

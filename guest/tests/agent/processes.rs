@@ -16,7 +16,7 @@ use std::{
 
 #[test]
 fn the_main_process_is_process_1_of_a_machine_with_its_own_name() {
-    let Some(mut f) = Fixture::ready(|s| s.shm_size = 1 << 20) else { return };
+    let mut f = Fixture::ready(|s| s.shm_size = 1 << 20);
     f.agent
         .start(shell(
             "echo $$ $(hostname) $(cat /etc/hostname) $HOSTNAME; grep -c box /etc/hosts; \
@@ -40,7 +40,7 @@ fn the_main_process_is_process_1_of_a_machine_with_its_own_name() {
 
 #[test]
 fn commands_that_cannot_run_are_told_apart() {
-    let Some(mut f) = Fixture::running() else { return };
+    let mut f = Fixture::running();
     let mut fails = |spec: ProcessSpec| match f.agent.exec(spec) {
         Err(ClientError::Agent(failure)) => failure,
         other => panic!("{other:?}"),
@@ -63,7 +63,7 @@ fn commands_that_cannot_run_are_told_apart() {
 
 #[test]
 fn a_failed_start_can_be_tried_again_and_a_second_one_cannot() {
-    let Some(mut f) = Fixture::ready(|_| ()) else { return };
+    let mut f = Fixture::ready(|_| ());
     assert!(
         matches!(f.agent.exec(command(&["true"])), Err(ClientError::Agent(e)) if e.kind == FailureKind::WrongState)
     );
@@ -77,7 +77,7 @@ fn a_failed_start_can_be_tried_again_and_a_second_one_cannot() {
 
 #[test]
 fn exit_codes_and_signals_come_back() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     for n in [0, 1, 42, 255] {
         assert_eq!(f.run(shell(&format!("exit {n}"))).0, n);
     }
@@ -97,7 +97,7 @@ fn exit_codes_and_signals_come_back() {
 
 #[test]
 fn stopping_the_main_process_ends_everything_beside_it() {
-    let Some(mut f) = Fixture::running() else { return };
+    let mut f = Fixture::running();
     let mut agent = f.machine.control().unwrap();
     let (beside, _) = agent.exec(command(&["sleep", "100"])).unwrap();
     f.agent.signal(MAIN, libc::SIGTERM).unwrap();
@@ -114,7 +114,7 @@ fn stopping_the_main_process_ends_everything_beside_it() {
 
 #[test]
 fn our_init_reaps_orphans_and_hands_signals_on() {
-    let Some(mut f) = Fixture::ready(|_| ()) else { return };
+    let mut f = Fixture::ready(|_| ());
     let script = "for i in 1 2 3 4 5; do (sleep 0.1 &) ; done; trap 'exit 9' USR1; echo $$; \
                   while :; do sleep 1 & wait $!; done";
     f.agent.start(ProcessSpec { init: true, ..shell(script) }).unwrap();
@@ -131,7 +131,7 @@ fn our_init_reaps_orphans_and_hands_signals_on() {
 
 #[test]
 fn users_groups_directory_and_environment_are_as_asked() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let spec = ProcessSpec {
         user: "www-data:games".into(),
         groups: vec!["77".into()],
@@ -146,7 +146,7 @@ fn users_groups_directory_and_environment_are_as_asked() {
 
 #[test]
 fn limits_and_capabilities_are_as_asked() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let spec = ProcessSpec {
         capabilities: Some(vec!["CAP_CHOWN".into(), "CAP_KILL".into()]),
         no_new_privileges: true,
@@ -165,7 +165,7 @@ fn limits_and_capabilities_are_as_asked() {
 
 #[test]
 fn a_terminal_is_a_terminal() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let mut agent = f.machine.control().unwrap();
     let spec = ProcessSpec {
         terminal: Some(Size { rows: 11, cols: 22 }),
@@ -193,14 +193,12 @@ fn a_terminal_is_a_terminal() {
 
 #[test]
 fn a_read_only_container_writes_only_where_it_may() {
-    let Some(mut f) = Fixture::ready(|s| {
+    let mut f = Fixture::ready(|s| {
         s.read_only = true;
         s.tmpfs = vec![Tmpfs { path: "/scratch/deep".into(), size: 1 << 20, ..Tmpfs::default() }];
         s.sysctls = vec![("kernel.msgmax".into(), "9999".into())];
         s.dns = Some(Dns { servers: vec!["10.9.8.7".into()], ..Dns::default() });
-    }) else {
-        return;
-    };
+    });
     let script = "touch /x 2>/dev/null && echo root; touch /scratch/deep/x && echo tmp; \
                   cat /proc/sys/kernel/msgmax /etc/resolv.conf; touch /dev/shm/x && echo shm";
     f.agent.start(ProcessSpec { cwd: "/made/for/it".into(), ..shell(script) }).unwrap();
@@ -211,7 +209,7 @@ fn a_read_only_container_writes_only_where_it_may() {
 
 #[test]
 fn events_tell_of_ends() {
-    let Some(mut f) = Fixture::running() else { return };
+    let mut f = Fixture::running();
     let mut events = f.machine.events().unwrap();
     let (id, _) = f.agent.exec(command(&["false"])).unwrap();
     let event = events.next(Some(LIMIT)).unwrap();
@@ -223,7 +221,7 @@ fn events_tell_of_ends() {
 
 #[test]
 fn figures_are_plausible() {
-    let Some(mut f) = Fixture::running() else { return };
+    let mut f = Fixture::running();
     let stats = f.agent.stats().unwrap();
     assert!(stats.guest.memory_total > 1 << 20 && stats.guest.memory_available > 0);
     assert!(stats.cpu.online >= 1);
@@ -232,7 +230,7 @@ fn figures_are_plausible() {
 
 #[test]
 fn ten_thousand_short_processes_leave_nothing_behind() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let count = if std::env::var_os("NACELLE_TEST_LONG").is_some() { 10_000 } else { 1_000 };
     let threads: Vec<_> = (0..4)
         .map(|_| {
@@ -261,7 +259,7 @@ fn ten_thousand_short_processes_leave_nothing_behind() {
 
 #[test]
 fn orphans_of_a_double_fork_do_not_hold_the_end_back() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let begun = Instant::now();
     let (code, out, _) = f.run(shell("(setsid sleep 30 & ) ; echo started; exit 3"));
     assert_eq!((code, out.as_str()), (3, "started\n"));

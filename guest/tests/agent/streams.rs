@@ -18,7 +18,7 @@ fn with_input(spec: ProcessSpec) -> ProcessSpec {
 
 #[test]
 fn every_byte_goes_in_and_comes_out_in_order() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let mut agent = f.machine.control().unwrap();
     let (id, _) = agent.exec(with_input(command(&["cat"]))).unwrap();
     let mut input = f.machine.stream(id, Stream::Stdin).unwrap();
@@ -39,14 +39,14 @@ fn every_byte_goes_in_and_comes_out_in_order() {
 
 #[test]
 fn output_and_errors_are_separate_streams() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let (code, out, err) = f.run(shell("echo out; echo err >&2; printf no-newline; exit 5"));
     assert_eq!((code, out.as_str(), err.as_str()), (5, "out\nno-newline", "err\n"));
 }
 
 #[test]
 fn output_from_before_the_stream_was_opened_is_there_and_after_the_end_too() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let mut agent = f.machine.control().unwrap();
     let (id, _) = agent.exec(shell("echo early; echo quick >&2")).unwrap();
     thread::sleep(Duration::from_millis(500));
@@ -59,7 +59,7 @@ fn output_from_before_the_stream_was_opened_is_there_and_after_the_end_too() {
 
 #[test]
 fn a_gigabyte_waits_for_a_slow_reader_and_none_of_it_is_lost() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let total: u64 = if std::env::var_os("NACELLE_TEST_LONG").is_some() { 1 << 30 } else { 1 << 27 };
     let mut agent = f.machine.control().unwrap();
     let (id, _) = agent.exec(shell(&format!("head -c {total} /dev/zero; echo end >&2"))).unwrap();
@@ -85,7 +85,7 @@ fn a_gigabyte_waits_for_a_slow_reader_and_none_of_it_is_lost() {
 
 #[test]
 fn a_lost_reader_does_not_block_the_process_and_another_may_come() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let mut agent = f.machine.control().unwrap();
     let script = "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; read x; echo last";
     let (id, _) = agent.exec(with_input(shell(script))).unwrap();
@@ -108,7 +108,7 @@ fn a_lost_reader_does_not_block_the_process_and_another_may_come() {
 
 #[test]
 fn a_kept_stream_waits_for_its_keeper() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let mut agent = f.machine.control().unwrap();
     let (id, _) = agent.exec(with_input(command(&["cat"]))).unwrap();
     let mut input = f.machine.kept_stream(id, Stream::Stdin).unwrap();
@@ -137,7 +137,7 @@ fn a_kept_stream_waits_for_its_keeper() {
 
 #[test]
 fn closing_input_is_its_end_and_no_input_is_empty() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let mut agent = f.machine.control().unwrap();
     let (id, _) = agent.exec(with_input(command(&["wc", "-c"]))).unwrap();
     drop(f.machine.stream(id, Stream::Stdin).unwrap());
@@ -152,7 +152,7 @@ fn closing_input_is_its_end_and_no_input_is_empty() {
 
 #[test]
 fn a_process_that_closes_its_input_is_noticed() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let mut agent = f.machine.control().unwrap();
     let (id, _) = agent.exec(with_input(shell("exec <&-; sleep 100"))).unwrap();
     let mut input = f.machine.stream(id, Stream::Stdin).unwrap();
@@ -169,7 +169,7 @@ fn a_process_that_closes_its_input_is_noticed() {
 
 #[test]
 fn a_background_process_that_keeps_writing_does_not_hold_the_end_back() {
-    let Some(f) = Fixture::running() else { return };
+    let f = Fixture::running();
     let mut agent = f.machine.control().unwrap();
     let (id, _) = agent.exec(shell("yes & sleep 0.2; echo last >&2; exit 4")).unwrap();
     let (code, out, err) = f.finish(&mut agent, id);
