@@ -4,16 +4,33 @@
 //! failures go to standard error. Exit codes: the guest's own, 128 and the number for a
 //! signal, 126 and 127 for a command that cannot be run or found, 125 for failures of ours.
 
+pub mod completion;
+pub mod cp;
+pub mod doctor;
+pub mod ending;
+pub mod exec;
 pub mod failure;
+pub mod images;
+pub mod inspect;
 pub mod keeper;
 pub mod kernel;
+pub mod kill;
+pub mod list;
 pub mod log;
+pub mod logs;
+pub mod output;
 pub mod progress;
+pub mod rm;
 pub mod run;
 pub mod state;
+pub mod stats;
+pub mod stop;
+pub mod streams;
 pub mod terminal;
 pub mod values;
 pub mod vmm;
+pub mod wait;
+pub mod when;
 
 use std::{path::Path, process::ExitCode};
 
@@ -34,6 +51,21 @@ pub struct Nacelle {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::Args>),
+    Exec(exec::Args),
+    #[command(visible_alias = "ps")]
+    Ls(list::Args),
+    Logs(logs::Args),
+    Stop(stop::Args),
+    Kill(kill::Args),
+    Cp(cp::Args),
+    #[command(visible_alias = "delete")]
+    Rm(rm::Args),
+    Wait(wait::Args),
+    Inspect(inspect::Args),
+    Stats(stats::Args),
+    Images(images::Args),
+    Doctor(doctor::Args),
+    Completion(completion::Args),
     /// Run one machine from a configuration file; see 'nacelle vmm --help'
     #[command(disable_help_flag = true)]
     Vmm {
@@ -79,6 +111,19 @@ pub fn main() -> ExitCode {
 fn dispatch(command: Command) -> Outcome<u8> {
     match command {
         Command::Run(args) => run::run(*args),
+        Command::Exec(args) => exec::run(args),
+        Command::Ls(args) => list::run(args),
+        Command::Logs(args) => logs::run(args),
+        Command::Stop(args) => stop::run(args),
+        Command::Kill(args) => kill::run(args),
+        Command::Cp(args) => cp::run(args),
+        Command::Rm(args) => rm::run(args),
+        Command::Wait(args) => wait::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Stats(args) => stats::run(args),
+        Command::Images(args) => images::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Completion(args) => completion::run(args),
         Command::Keep { id } => Ok(run::keep(&id)),
         // Found before the parser ran.
         Command::Vmm { .. } => Ok(0),
