@@ -7,7 +7,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use api::{
     Fault, FaultKind, Spec,
-    spec::{LogLevel, Logger, Transport},
+    spec::{ConsoleMode, LogLevel, Logger, Transport},
 };
 
 use crate::{
@@ -121,9 +121,14 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
     };
     let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
     milestones.reached(Milestone::Built);
+    if spec.serial.clone().unwrap_or_default().far_end() == ConsoleMode::Stdio {
+        super::terminal::make_raw(0);
+    }
     let mut controller = Controller::new(id.to_owned(), vm, mailbox, signals);
     controller.start()?;
     let ending = controller.run().map_err(internal)?;
+    controller.vm().finish_consoles();
+    super::terminal::restore();
     match &ending {
         Ending::Broken(_) => eprintln!("nacelle vmm: {}", ending.reason()),
         _ => log::info!("{}", ending.reason()),
@@ -203,6 +208,10 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
                 let hint = api::nearest(other, FLAGS).map(|f| format!("; did you mean {f}?"));
                 return Err(format!("Unknown argument {other:?}{}", hint.unwrap_or_default()));
             }
+        }
+        if flag == "--boot-timer" && !parsed.log_given {
+            // What it says is information.
+            parsed.log.level = LogLevel::Info;
         }
         parsed.log_given |= matches!(flag.as_str(), "--log-path" | "--level" | "--module");
         parsed.log_given |= flag.starts_with("--show-l");

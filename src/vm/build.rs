@@ -31,6 +31,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use super::{
     Ending, Vm,
     attach::{AttachError, Places},
+    boot_timer::{self, BootTimer},
     console::{ConsoleError, Consoles},
     host::KvmHost,
     kvm::{self, KvmError},
@@ -139,6 +140,10 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     if let Some(root) = &root {
         mmio.insert(layout::ECAM.start, layout::ECAM_BUS, root.clone())?;
     }
+    if plan.boot_timer {
+        let timer = Arc::new(BootTimer::new(Arc::clone(&plan.milestones)));
+        mmio.insert(layout::MMIO_WINDOW.start, boot_timer::LENGTH, timer)?;
+    }
     let mut places = Places::new(memory.clone(), host.clone(), mmio.clone(), root.clone());
     let platform = Platform::build(plan, &host, &ports, &mut places)?;
     let (serial, consoles) = Consoles::open(spec, &*host, &ports, &mut places)?;
@@ -184,7 +189,7 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
         keyboard: platform.keyboard,
         milestones: Arc::clone(&plan.milestones),
         _memory: memory,
-        _consoles: consoles,
+        consoles,
         _host: host,
     })
 }
@@ -292,9 +297,12 @@ fn named<E: std::error::Error + Send + Sync + 'static>(what: String) -> impl FnO
 fn command_line(spec: &Spec) -> Result<CommandLine, BootError> {
     let given = spec.boot_source.boot_args.as_deref().unwrap_or(spec::DEFAULT_BOOT_ARGS);
     let mut line = CommandLine::new(given)?;
-    if spec.machine_config.transport == spec::Transport::Mmio {
-        line.push("pci=off")?;
-    }
+    // Without PCI the guest need not look for it. With it, there is nothing behind the ports
+    // through which an old chipset would be asked first, two hundred exits long.
+    line.push(match spec.machine_config.transport {
+        spec::Transport::Mmio => "pci=off",
+        spec::Transport::Pci => "pci=noearly",
+    })?;
     if let Some(root) = spec.drives.iter().find(|d| d.is_root_device) {
         let device =
             root.partuuid.as_ref().map_or_else(|| "/dev/vda".to_owned(), |id| format!("PARTUUID={id}"));

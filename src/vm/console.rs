@@ -40,7 +40,7 @@ pub enum ConsoleError {
 }
 
 /// How long output may take to drain when the machine has ended.
-const FINISH: Duration = Duration::from_secs(2);
+const FINISH: Duration = Duration::from_millis(500);
 
 /// The consoles of one machine. They hold what is read or written on their far ends.
 #[derive(Default)]

@@ -15,6 +15,7 @@
 //! put back what they hold. Resuming is the same backwards.
 
 pub mod attach;
+pub mod boot_timer;
 pub mod build;
 pub mod console;
 pub mod host;
@@ -126,7 +127,7 @@ pub struct Vm {
     pub(crate) milestones: Arc<Milestones>,
     /// Kept mapped until the process ends.
     pub(crate) _memory: Memory,
-    pub(crate) _consoles: console::Consoles,
+    pub(crate) consoles: console::Consoles,
     pub(crate) _host: Arc<host::KvmHost>,
 }
 
@@ -160,6 +161,11 @@ impl Vm {
         keyboard.send_ctrl_alt_del().map_err(VmError::Keyboard)
     }
 
+    /// Waits, for a bounded time, until what the guest printed has left.
+    pub fn finish_consoles(&self) {
+        self.consoles.finish();
+    }
+
     /// When what was reached.
     pub fn milestones(&self) -> &Milestones {
         &self.milestones
@@ -176,7 +182,9 @@ impl Vm {
             let counters = device.counters().into_iter();
             counters.map(|(counter, count)| (name.clone(), counter, count)).collect::<Vec<_>>()
         };
-        self.devices.iter().flat_map(of).collect()
+        let serial = self.consoles.counters().into_iter();
+        let serial = serial.map(|(counter, count)| ("serial".to_owned(), counter, count));
+        self.devices.iter().flat_map(of).chain(serial).collect()
     }
 
     fn each_device(&self, f: impl Fn(&Arc<dyn Transport>) -> Result<(), DeviceError>) -> Result<(), VmError> {

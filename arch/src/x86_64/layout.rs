@@ -178,6 +178,9 @@ pub fn memory_map(bytes: u64) -> Vec<MapEntry> {
             map.push(entry(start..end, MapKind::Ram));
         }
     }
+    // Linux believes the MCFG table early only if the map says that nothing else is there.
+    let at = map.partition_point(|e| e.start < ECAM.start);
+    map.insert(at, entry(ECAM, MapKind::Reserved));
     map
 }
 
@@ -213,7 +216,9 @@ mod tests {
                 let ram: u64 = map.iter().filter(|e| e.kind == MapKind::Ram).map(|e| e.len).sum();
                 // All but the holes of the first MiB.
                 assert_eq!(ram, size - (HIGH_RAM - EBDA), "{size:#x}");
-                assert!(map.iter().all(|e| e.start + e.len <= GAP.start || e.start >= GAP.end));
+                assert!(map.iter().all(|e| e.kind == MapKind::Reserved
+                    || e.start + e.len <= GAP.start
+                    || e.start >= GAP.end));
             }
             bytes *= 2;
         }
