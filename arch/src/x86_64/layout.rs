@@ -178,9 +178,6 @@ pub fn memory_map(bytes: u64) -> Vec<MapEntry> {
             map.push(entry(start..end, MapKind::Ram));
         }
     }
-    // Linux believes the MCFG table early only if the map says that nothing else is there.
-    let at = map.partition_point(|e| e.start < ECAM.start);
-    map.insert(at, entry(ECAM, MapKind::Reserved));
     map
 }
 
