@@ -15,7 +15,7 @@ use crate::{
     logger,
     metrics::{Milestone, Milestones},
     signals::{self, Signals},
-    vm::{Ending, build},
+    vm::{Ending, build, kvm},
 };
 
 const USAGE: &str = "\
@@ -119,8 +119,12 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
         keyboard: false,
         boot_timer: arguments.boot_timer,
     };
+    if !kvm::has_hardware() {
+        log::warn!("This processor has no hardware virtualization: a Linux guest will not boot");
+    }
     let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
     milestones.reached(Milestone::Built);
+    let sockets = Sockets::of(&spec);
     if spec.serial.clone().unwrap_or_default().far_end() == ConsoleMode::Stdio {
         super::terminal::make_raw(0);
     }
@@ -128,7 +132,7 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
     controller.start()?;
     let ending = controller.run().map_err(internal)?;
     controller.vm().finish_consoles();
-    super::terminal::restore();
+    sockets.remove();
     match &ending {
         Ending::Broken(_) => eprintln!("nacelle vmm: {}", ending.reason()),
         _ => log::info!("{}", ending.reason()),
@@ -137,6 +141,35 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
         print_counters(controller.vm());
     }
     Ok(ending)
+}
+
+/// The sockets a machine made, to be removed at its end, unless somebody else has put
+/// something in their place meanwhile.
+struct Sockets(Vec<(PathBuf, u64, u64)>);
+
+impl Sockets {
+    fn of(spec: &Spec) -> Sockets {
+        let serial = spec.serial.as_ref().filter(|s| s.far_end() == ConsoleMode::Socket);
+        let serial = serial.and_then(|s| s.serial_out_path.as_ref());
+        let console = spec.console.as_ref().filter(|c| c.mode == ConsoleMode::Socket);
+        let console = console.and_then(|c| c.path.as_ref());
+        let vsock = spec.vsock.as_ref().map(|v| &v.uds_path);
+        let paths = [serial, console, vsock].into_iter().flatten();
+        Sockets(paths.filter_map(|path| inode(path).map(|(dev, ino)| (path.clone(), dev, ino))).collect())
+    }
+
+    fn remove(&self) {
+        for (path, dev, ino) in &self.0 {
+            if inode(path) == Some((*dev, *ino)) {
+                let _ = std::fs::remove_file(path);
+            }
+        }
+    }
+}
+
+fn inode(path: &std::path::Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 fn read(path: &std::path::Path) -> Result<Spec, Fault> {

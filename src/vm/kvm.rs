@@ -59,6 +59,17 @@ pub fn open() -> Result<Kvm, KvmError> {
     }
 }
 
+/// Whether the processor has hardware virtualization (CPUID: VMX in leaf 1, SVM in leaf
+/// 0x80000001). A `/dev/kvm` without it emulates the guest's kernel one instruction at a time:
+/// programs of a few thousand instructions run there, Linux does not boot.
+pub fn has_hardware() -> bool {
+    use std::arch::x86_64::__cpuid;
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    let extended = __cpuid(0x8000_0000).eax;
+    __cpuid(1).ecx & VMX != 0 || (extended >= 0x8000_0001 && __cpuid(0x8000_0001).ecx & SVM != 0)
+}
+
 /// Creates an empty machine. KVM answers `EINTR` when a signal comes in meanwhile; that is
 /// tried again, a few times.
 pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
