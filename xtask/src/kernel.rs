@@ -17,6 +17,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
+use tempfile::TempDir;
 
 use crate::{debian, host, progress};
 
@@ -48,9 +49,8 @@ pub fn build(jobs: u32) -> Result<PathBuf> {
     let folder = folder()?;
     let place = folder.join(&hash);
     let _lock = host::lock(&folder.join("lock-build"))?;
-    if !place.exists() {
-        compile(&folder, &place, &source, &fragment, jobs)?;
-    }
+    // The work folder goes last: removing a kernel's tree takes a while.
+    let _work = if place.exists() { None } else { Some(compile(&folder, &place, &source, &fragment, jobs)?) };
     point_current(&folder, &hash)?;
     Ok(place)
 }
@@ -88,7 +88,8 @@ fn hash(parts: &[&str]) -> String {
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn compile(folder: &Path, place: &Path, source: &Source, fragment: &str, jobs: u32) -> Result<()> {
+/// Makes the kernel at `place`; the folder it was made in.
+fn compile(folder: &Path, place: &Path, source: &Source, fragment: &str, jobs: u32) -> Result<TempDir> {
     let work = host::work_folder(folder, "build-")?;
     progress::step(&format!("Unpacking {}", source.version), || {
         host::run(
@@ -112,7 +113,7 @@ fn compile(folder: &Path, place: &Path, source: &Source, fragment: &str, jobs: u
     let config = fs::read_to_string(work.path().join(".config"))?;
     check_configuration(fragment, &config)?;
     progress::step_of_program(
-        "Compiling the guest kernel (6 to 8 minutes on two cores)",
+        "Compiling the guest kernel (about 8 minutes on two cores)",
         make().arg(format!("-j{jobs}")).args(["vmlinux", "bzImage"]),
     )?;
     let result = work.path().join("result");
@@ -126,7 +127,8 @@ fn compile(folder: &Path, place: &Path, source: &Source, fragment: &str, jobs: u
     )?;
     fs::copy(work.path().join("arch/x86/boot/bzImage"), result.join("bzImage"))?;
     fs::write(result.join("config"), config)?;
-    publish(&result, place)
+    publish(&result, place)?;
+    Ok(work)
 }
 
 /// Every line of the fragment must be in the result; one that is not means that something it
