@@ -11,7 +11,7 @@ use clap::Args as ClapArgs;
 use serde::Serialize;
 
 use super::{
-    failure::Outcome,
+    failure::{Failure, Outcome},
     output::{self, Format},
     terminal,
 };
@@ -79,6 +79,16 @@ pub fn run(args: Args) -> Outcome<u8> {
         Format::Table => output::print(&text(&findings, colours()))?,
     }
     Ok(u8::from(findings.iter().any(|f| f.level == Level::Fail)))
+}
+
+/// Fails, in the words of the checks, on a host where no machine runs: at once instead of
+/// after a wait for something that cannot come.
+pub fn require() -> Outcome<()> {
+    let findings = checks::needed();
+    let Some(first) = findings.iter().find(|f| f.level == Level::Fail) else { return Ok(()) };
+    let advice = first.advice.as_ref().map(|a| format!("\n  -> {a}")).unwrap_or_default();
+    let more = "\n  -> 'nacelle doctor' looks at everything";
+    Err(Failure::new(format!("This host cannot run machines: {}{advice}{more}", first.message)))
 }
 
 fn colours() -> bool {

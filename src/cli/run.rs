@@ -14,6 +14,7 @@ use guest::protocol::{Disk, Dns, Interface, ProcessSpec, Setup, Size, Tmpfs, Wri
 use sandbox::{Image, OpenOptions, Overrides, PullPolicy, Source, Store};
 
 use super::{
+    doctor,
     failure::{Failure, Outcome},
     keeper::{self, Attached, Plan},
     kernel::{self, Kernel},
@@ -124,6 +125,7 @@ pub struct Args {
 
 /// Runs it; the exit code is the command's.
 pub fn run(args: Args) -> Outcome<u8> {
+    doctor::require()?;
     let mut steps = Steps::new(args.timing);
     let cache = kernel::cache_directory();
     let mut reporter = Reporter::new(args.quiet);

@@ -28,7 +28,7 @@ const MEMORY: u64 = 256 << 20;
 
 /// Everything, in the order in which it should be put right.
 pub fn all() -> Vec<Finding> {
-    let has_flag = has_virtualization_flag(&read("/proc/cpuinfo"));
+    let has_flag = kvm::has_hardware();
     vec![
         host_kernel(&read("/proc/sys/kernel/osrelease")),
         processor(has_flag),
@@ -48,6 +48,12 @@ pub fn all() -> Vec<Finding> {
     ]
 }
 
+/// What no machine runs without; the first thing to look at when one does not start.
+pub fn needed() -> Vec<Finding> {
+    let has_flag = kvm::has_hardware();
+    vec![processor(has_flag), kvm_device(has_flag)]
+}
+
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
@@ -65,11 +71,6 @@ fn host_kernel(release: &str) -> Finding {
         format!("Linux {release} is too old"),
         format!("use Linux {major}.{minor} or newer"),
     )
-}
-
-fn has_virtualization_flag(cpuinfo: &str) -> bool {
-    let flags = cpuinfo.lines().find(|l| l.starts_with("flags")).unwrap_or_default();
-    flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm")
 }
 
 fn processor(has_flag: bool) -> Finding {
@@ -309,13 +310,6 @@ mod tests {
         ] {
             assert_eq!(host_kernel(release).level, level, "{release}");
         }
-    }
-
-    #[test]
-    fn the_virtualization_flag_is_a_word_of_its_own() {
-        assert!(has_virtualization_flag("processor : 0\nflags\t\t: fpu vmx sse\n"));
-        assert!(has_virtualization_flag("flags : svm"));
-        assert!(!has_virtualization_flag("flags : svm_lock vmxnet\nvmx flags : ept"));
     }
 
     #[test]
