@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{
-    failure::{Failure, Outcome},
+    failure::Outcome,
     output,
     state::{Machine, ProcessName, State, Status},
     when,
@@ -89,12 +89,10 @@ pub fn run(args: Args) -> Outcome<u8> {
     let state = State::open()?;
     let mut found = Vec::new();
     let code = output::each(&args.machines, |word| {
-        let machine = state.find(word)?;
-        let value = serde_json::to_value(inspect(&machine));
-        found.push(value.map_err(|e| Failure::because("The machine cannot be written as JSON", &e))?);
+        found.push(state.find(word)?);
         Ok(())
     });
-    output::print_json(&found)?;
+    output::print_json(&found.iter().map(inspect).collect::<Vec<_>>())?;
     Ok(code)
 }
 

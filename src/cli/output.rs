@@ -1,6 +1,6 @@
 //! What commands print about machines: tables for people, JSON for programs.
 //!
-//! A table's columns are as wide as their widest cell, two spaces apart, as `docker ps` prints
+//! A table's columns are as wide as their widest cell, three spaces apart, as `docker ps` prints
 //! them. Cells may hold text that a guest or an image chose, so control characters never get
 //! through. A reader that goes away (`nacelle ls | head -1`) ends the command without a word.
 

@@ -6,8 +6,8 @@ use std::{
 };
 
 use api::spec::{
-    BootSource, CacheType, ConsoleMode, Drive, Entropy, IoEngine, MachineConfig, NetworkInterface, Serial,
-    Spec, Transport, Vsock,
+    BootSource, CacheType, ConsoleMode, Drive, Entropy, HugePages, IoEngine, MachineConfig, NetworkInterface,
+    Serial, Spec, Transport, Vsock,
 };
 use clap::Args as ClapArgs;
 use guest::protocol::{Disk, Dns, Interface, ProcessSpec, Setup, Size, Tmpfs, Writable};
@@ -343,6 +343,8 @@ fn prepare(
             vcpu_count: record.cpus,
             mem_size_mib: record.memory_mib,
             transport: if args.pci { Transport::Pci } else { Transport::Mmio },
+            // A boot touches its memory nearly everywhere; a page at a time costs it a third.
+            huge_pages: HugePages::Transparent,
             ..MachineConfig::default()
         },
         drives,

@@ -4,7 +4,7 @@
 //! ```text
 //!   $NACELLE_STATE_DIR | $XDG_RUNTIME_DIR/nacelle | /run/nacelle
 //!     lock                      held while a machine is made, found a name, or removed
-//!     machines/<id>/
+//!     machines/<start of the id>/
 //!       machine.json            the record; replaced as a whole, never changed in place
 //!       config.json             what the monitor was given
 //!       vsock.sock              the door to the agent
@@ -12,6 +12,9 @@
 //!       output.log              what the container printed (see log.rs)
 //!       upper.img               what the container wrote
 //! ```
+//!
+//! A directory is named by the first twelve digits of the id, because a socket's path is at most
+//! 107 bytes long and a user's runtime directory takes some of them.
 //!
 //! Nothing runs in order to keep this true. A record names the processes behind it by number
 //! and start time, so a number that was given to somebody else is not mistaken for ours, and
@@ -317,7 +320,7 @@ impl State {
                 "The name {name:?} is taken by machine {id}; remove it with 'nacelle rm {name}' or choose another"
             )));
         }
-        let dir = self.root.join("machines").join(&record.id);
+        let dir = self.root.join("machines").join(record.short_id());
         let made = fs::DirBuilder::new().mode(0o700).create(&dir);
         doing(made, || format!("{} cannot be made", dir.display()))?;
         let machine = Machine { dir, record };

@@ -22,8 +22,6 @@ pub fn make_raw(fd: i32) {
         }
         *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some((fd, mode));
         libc::cfmakeraw(&raw mut mode);
-        // Line ends of the host's own messages stay readable.
-        mode.c_oflag |= libc::OPOST;
         libc::tcsetattr(fd, libc::TCSANOW, &raw const mode);
     }
 }

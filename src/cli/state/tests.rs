@@ -83,3 +83,15 @@ fn a_broken_record_is_no_machine_and_hides_no_other() {
     let names: Vec<_> = state.machines().unwrap().into_iter().map(|m| m.record.name).collect();
     assert_eq!(names, ["two"]);
 }
+
+#[test]
+fn sockets_in_a_users_runtime_directory_have_paths_that_fit() {
+    let (dir, state) = state();
+    let id = fresh_id().unwrap();
+    let vsock = state.create(record(&id, "one")).unwrap().vsock();
+    let inside = vsock.strip_prefix(dir.path()).unwrap();
+    let path = std::path::Path::new("/run/user/4294967294/nacelle").join(inside);
+    // The agent's port is named behind it.
+    assert!(path.as_os_str().len() + "_4294967295".len() <= 107, "{}", path.display());
+    assert_eq!(state.find(&id).unwrap().record.id, id);
+}
