@@ -128,17 +128,21 @@ impl Logger {
     }
 }
 
-/// A time as `2026-11-21T12:00:00`, from seconds since 1970, in UTC.
+/// A time as `2026-11-21T12:00:00`, from seconds since 1970, in UTC (proleptic Gregorian
+/// calendar). The C library would read time zone files for it.
 fn utc(seconds: u64) -> String {
-    // SAFETY: all-zero is a valid `tm`, and the call only writes into it.
-    let tm = unsafe {
-        let mut tm: libc::tm = std::mem::zeroed();
-        let seconds = seconds as libc::time_t;
-        libc::gmtime_r(&raw const seconds, &raw mut tm);
-        tm
-    };
-    let (y, mo, d) = (tm.tm_year + 1900, tm.tm_mon + 1, tm.tm_mday);
-    format!("{y:04}-{mo:02}-{d:02}T{:02}:{:02}:{:02}", tm.tm_hour, tm.tm_min, tm.tm_sec)
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Counted from 1 March of year 0, so that the leap day is the last day of a year.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = era * 400 + year + u64::from(month <= 2);
+    let (hours, minutes, seconds) = (rest / 3_600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}")
 }
 
 #[cfg(test)]
@@ -149,6 +153,8 @@ mod tests {
     fn times_are_utc() {
         assert_eq!(utc(0), "1970-01-01T00:00:00");
         assert_eq!(utc(1_582_934_400), "2020-02-29T00:00:00");
+        assert_eq!(utc(1_609_459_199), "2020-12-31T23:59:59");
+        assert_eq!(utc(4_107_542_400), "2100-03-01T00:00:00");
     }
 
     #[test]
