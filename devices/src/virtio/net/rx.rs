@@ -39,7 +39,7 @@ pub(super) enum Turn {
     Idle,
     /// The guest has no more buffers; its doorbell is armed.
     Starved,
-    /// Both have more; others are to run first.
+    /// There may be more; others are to run first. No doorbell is armed.
     Budget,
     /// The host's side is gone.
     Gone,

@@ -83,8 +83,12 @@ impl Pair {
             Ok(rx::Turn::Gone) => self.lost(),
             // The descriptor reports an error of which reading says nothing.
             Ok(rx::Turn::Idle) if alarm => self.lost(),
-            // With budget used up the host's side is still readable and calls again.
-            Ok(rx::Turn::Idle | rx::Turn::Starved | rx::Turn::Budget) => {}
+            Ok(rx::Turn::Idle | rx::Turn::Starved) => {}
+            Ok(rx::Turn::Budget) => {
+                // The last frame may have taken the last buffer that was popped. Then the
+                // host's side is not watched, and no doorbell was asked for either.
+                let _ = rx.kick.write(1);
+            }
             Err(e) => {
                 self.rx_spoiled = true;
                 self.spoiled(index, &e);

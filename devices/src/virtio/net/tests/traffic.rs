@@ -1,6 +1,7 @@
 //! Frames both ways, compared byte by byte, in every cut and under every shortage.
 
 use super::*;
+use crate::limits::TURN_BUDGET;
 
 #[test]
 fn frames_cut_at_every_byte_arrive_whole() {
@@ -248,4 +249,29 @@ fn a_cable_that_is_cut_takes_the_link_down_and_another_brings_it_up() {
     assert_eq!(rig.receive().0, with_count(frame(100, 3), 1));
     let (two, _peers) = sockets(2);
     assert!(matches!(rig.net.replug(two), Err(DeviceError::Change(_))));
+}
+
+#[test]
+fn a_turn_that_ends_with_the_last_buffer_does_not_end_receiving() {
+    const FRAMES: u32 = TURN_BUDGET as u32 + 4;
+    for features in [0, MRG] {
+        let mut rig = rig(features);
+        // Starved: nothing is looked at before the doorbell.
+        rig.wait_counter("rx_stalls", 1);
+        (0..FRAMES).for_each(|seed| assert!(rig.peers[0].send(&frame(20, seed)), "frame {seed}"));
+        for _ in 0..TURN_BUDGET {
+            let buffers = vec![rig.driver.writable(64)];
+            let head = rig.driver.rings[0].add(&buffers);
+            rig.posted.insert((0, u32::from(head)), buffers);
+        }
+        assert!(rig.driver.rings[0].wants_kick());
+        rig.driver.kick(0);
+        for seed in 0..TURN_BUDGET as u32 {
+            assert_eq!(rig.receive().0, with_count(frame(20, seed), 1));
+        }
+        rig.repost();
+        for seed in TURN_BUDGET as u32..FRAMES {
+            assert_eq!(rig.receive().0, with_count(frame(20, seed), 1));
+        }
+    }
 }
