@@ -1,7 +1,7 @@
 //! Frames from the guest: `writev` from the guest's buffers straight to the host's side.
 //!
-//! Only the header is copied, because it is checked and the guest could change it between
-//! the check and the use. A frame that is false in any way is counted, dropped and returned
+//! Only the header and the Ethernet header behind it are copied, because they are checked and
+//! the guest could change them between the check and the use. A frame that is false in any way is counted, dropped and returned
 //! like any other: a driver is not told of frames that the cable lost.
 
 use std::{
@@ -21,6 +21,10 @@ use crate::{
 const PUBLISH_EVERY: usize = 32;
 /// Most segments one `writev` takes.
 const SEGMENTS_MAX: usize = 1024;
+/// Bytes at the start of a frame that are copied before they are looked at.
+const COPIED: usize = header::LEN + header::ETHERNET;
+/// Where the sender's address lies in them.
+const SOURCE: std::ops::Range<usize> = header::LEN + 6..header::LEN + 12;
 
 /// Why a turn ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,27 +144,28 @@ impl Tx {
     /// Checks the frame in `chain` and gives it to the host; the bytes given, without header.
     fn send(&mut self, port: &OwnedFd) -> Sent {
         let len = self.chain.readable_len();
-        let least = (header::LEN + header::ETHERNET) as u64;
         // Before anything is copied or looked at: the length decides how much that would be.
-        if !(least..=NET_FRAME_MAX as u64).contains(&len) {
+        if !(COPIED as u64..=NET_FRAME_MAX as u64).contains(&len) {
             return Sent::Malformed;
         }
         let frame = len as usize - header::LEN;
-        let mut raw = [0; header::LEN];
-        self.chain.read(0, &mut raw);
-        let Some(mut checked) = header::check(raw, frame, self.features) else { return Sent::Malformed };
-        if self.source.is_some_and(|mac| self.source_address() != mac) {
+        let mut start = [0; COPIED];
+        self.chain.read(0, &mut start);
+        let checked = start.first_chunk().and_then(|raw| header::check(*raw, frame, self.features));
+        let Some(checked) = checked else { return Sent::Malformed };
+        if self.source.is_some_and(|mac| start[SOURCE] != mac) {
             return Sent::Spoofed;
         }
+        start[..header::LEN].copy_from_slice(&checked);
         if self.unplugged {
             return Sent::Failed(io::ErrorKind::NotConnected.into());
         }
-        if !self.gather(&mut checked) {
+        if !self.gather(&mut start) {
             return Sent::Malformed;
         }
         let row = &self.vectors.0;
         loop {
-            // SAFETY: the row holds the header on this stack and segments of guest memory,
+            // SAFETY: the row holds the start on this stack and segments of guest memory,
             // which the queue keeps mapped; its length was checked.
             let sent = unsafe { libc::writev(port.as_raw_fd(), row.as_ptr(), row.len() as libc::c_int) };
             if sent >= 0 {
@@ -173,19 +178,13 @@ impl Tx {
         }
     }
 
-    fn source_address(&self) -> [u8; 6] {
-        let mut address = [0; 6];
-        self.chain.read(header::LEN as u64 + 6, &mut address);
-        address
-    }
-
-    /// Lines up the checked header and what follows the guest's one; false when these are
+    /// Lines up the checked start and what follows the guest's one; false when these are
     /// too many pieces for one call.
-    fn gather(&mut self, checked: &mut [u8; header::LEN]) -> bool {
+    fn gather(&mut self, start: &mut [u8; COPIED]) -> bool {
         let row = &mut self.vectors.0;
         row.clear();
-        row.push(libc::iovec { iov_base: checked.as_mut_ptr().cast(), iov_len: checked.len() });
-        let mut skip = header::LEN;
+        row.push(libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });
+        let mut skip = start.len();
         for segment in self.chain.readable() {
             let past = skip.min(segment.iov_len);
             skip -= past;

@@ -80,6 +80,36 @@ fn foreign_source_addresses_are_dropped_when_asked_for() {
 }
 
 #[test]
+fn an_address_that_changes_after_its_check_does_not_pass() {
+    let mut rig = rig_of(1, 0);
+    rig.net.drop_spoofed = true;
+    rig.start();
+    let mut bytes = frame(100, 1);
+    bytes[18..24].copy_from_slice(&ADDRESS.0);
+    rig.driver.poke(rig.scratch, &bytes);
+    let buffer = [Buffer::readable(rig.scratch, bytes.len() as u32)];
+    let (memory, at) = (rig.driver.memory.clone(), rig.scratch + 23);
+    let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let seen = Arc::clone(&done);
+    std::thread::spawn(move || {
+        use vm_memory::{Bytes, GuestAddress};
+        while !seen.load(Ordering::Relaxed) {
+            for last in [9, ADDRESS.0[5]] {
+                memory.write_obj(last, GuestAddress(at)).unwrap();
+            }
+        }
+    });
+    for _ in 0..3000 {
+        assert_eq!(rig.driver.request(1, &buffer), Some(0));
+        while let Some(frame) = rig.peers[0].take_for(Duration::ZERO) {
+            assert_eq!(frame[18..24], ADDRESS.0, "it was another one when it was checked");
+        }
+    }
+    done.store(true, Ordering::Relaxed);
+    assert!(rig.counter("tx_packets") > 0);
+}
+
+#[test]
 fn frames_of_a_false_length_from_the_host_never_reach_the_guest() {
     let mut rig = rig(MRG);
     (0..60).for_each(|_| rig.post(&[2000]));
