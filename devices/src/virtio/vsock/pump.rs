@@ -122,20 +122,30 @@ impl Pump {
             if self.outlet.publish() {
                 self.interrupt.queue(RX);
             }
-            let go_on = match round {
-                Round::Idle => false,
-                Round::More => *budget > 0,
-                Round::Starved => self.outlet.wait(),
-            };
-            if !go_on {
-                return round;
+            match round {
+                Round::Idle => return round,
+                Round::More => {}
+                Round::Starved => {
+                    if !self.outlet.wait() {
+                        return round;
+                    }
+                    // A driver whose buffers are of no use gets no further than its budget.
+                    *budget = budget.saturating_sub(1);
+                }
+            }
+            if *budget == 0 {
+                return Round::More;
             }
         }
     }
 
     /// There is more to do, after the neighbours on this worker had their turn.
     fn ring_myself(&self) {
-        if let Some((_, bell)) = self.bells.iter().find(|(token, _)| *token == u32::from(RX)) {
+        self.ring(RX);
+    }
+
+    fn ring(&self, queue: u16) {
+        if let Some((_, bell)) = self.bells.iter().find(|(token, _)| *token == u32::from(queue)) {
             let _ = bell.write(1);
         }
     }
@@ -164,7 +174,7 @@ impl Pump {
         if self.muxer.reset_pending || self.muxer.is_settling() {
             let more = events.listen();
             if more && self.muxer.reset_pending && events.broken.is_none() {
-                self.tell_events();
+                self.ring(EVENT);
             }
         } else {
             events.queue.disarm();
@@ -187,7 +197,11 @@ impl Pump {
 impl Events {
     /// Sends an event; false when the guest offers no buffer for it.
     fn send(&mut self, event: &[u8; 4]) -> Result<bool, QueueError> {
-        while self.queue.pop(&mut self.chain)? {
+        // Once round the ring at most: a driver may add useless buffers for ever.
+        for _ in 0..self.queue.size() {
+            if !self.queue.pop(&mut self.chain)? {
+                break;
+            }
             let len = self.chain.write(&self.queue, 0, event);
             self.queue.push(self.chain.head(), len as u32);
             if len == event.len() {
@@ -203,7 +217,7 @@ impl Events {
     fn listen(&mut self) -> bool {
         let mut passed = 0;
         // A doorbell is asked for at the place the device has come to, so come to the end.
-        while self.queue.pop(&mut self.chain).is_ok_and(|taken| taken) {
+        while passed < self.queue.size() && self.queue.pop(&mut self.chain).is_ok_and(|taken| taken) {
             passed += 1;
         }
         let more = self.queue.arm();

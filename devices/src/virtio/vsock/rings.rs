@@ -166,15 +166,15 @@ impl Outlet {
 
     /// Whether the guest offers a buffer that can hold a packet; those that cannot are given
     /// back empty.
+    ///
+    /// At most one ring full of them at a time: a driver may add them as fast as they come
+    /// back. Then [`Outlet::wait`] says that there are more.
     pub fn has_buffer(&mut self) -> bool {
-        loop {
-            let Some(chain) = self.stash.front() else {
-                if self.take() {
-                    continue;
-                }
+        for _ in 0..self.queue.size() {
+            if self.stash.is_empty() && !self.take() {
                 return false;
-            };
-            if payload_room(chain) > 0 {
+            }
+            if self.stash.front().is_some_and(|chain| payload_room(chain) > 0) {
                 return true;
             }
             if let Some(chain) = self.stash.pop_front() {
@@ -182,6 +182,7 @@ impl Outlet {
                 self.spare.push(chain);
             }
         }
+        false
     }
 
     /// Takes one more buffer from the ring into the stash.

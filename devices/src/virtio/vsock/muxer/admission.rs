@@ -103,9 +103,10 @@ impl Muxer {
     pub unsafe fn deliver(&mut self, id: StreamId, iovecs: &[libc::iovec], len: usize) {
         let (Some(stream), Some(poller)) = (self.table.get(id), self.poller.as_ref()) else { return };
         let mut place = Place { id, poller, pool: &mut self.pool };
+        // First, so that whoever has got the bytes finds them counted.
+        add(&self.counters.to_host_bytes, len as u64);
         // SAFETY: promised by the caller.
         let delivery = unsafe { stream.deliver(iovecs, len, &mut place) };
-        add(&self.counters.to_host_bytes, len as u64);
         if delivery == Delivery::Overrun {
             self.count_bad_packet();
             self.drop_stream(id.slot, true);

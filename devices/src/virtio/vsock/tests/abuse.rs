@@ -445,3 +445,40 @@ fn random_packets_do_not_stop_the_device() {
     assert_eq!(guest.expect(&mut socket, op::DATA).1, b"alive");
     assert_eq!(guest.driver.signals.counts().needs_reset, 0);
 }
+
+#[test]
+fn a_guest_that_adds_useless_buffers_for_ever_can_still_be_stopped() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use vm_memory::{Bytes, GuestAddress};
+
+    let mut guest = Guest::new(0, 0);
+    guest.stop();
+    let section = guest.device.save();
+    guest.device.restore(&section).unwrap();
+    // Every entry of both rings names descriptor 0, one byte long.
+    let rings = [0, 2].map(|index| {
+        let ring = &mut guest.driver.rings[index];
+        ring.write_desc(0, Desc { address: 0x100_0000, len: 1, flags: Desc::WRITE, next: 0 });
+        ring.setup()
+    });
+    let done = Arc::new(AtomicBool::new(false));
+    let (seen, memory) = (done.clone(), guest.driver.memory.clone());
+    thread::spawn(move || {
+        while !seen.load(Ordering::Relaxed) {
+            for ring in rings {
+                let used: u16 = memory.read_obj(GuestAddress(ring.used + 2)).unwrap();
+                memory.write_obj(used.wrapping_add(ring.size), GuestAddress(ring.avail + 2)).unwrap();
+            }
+        }
+    });
+    guest.start();
+    guest.say(&Socket::new(5, 6), op::DATA);
+    for queue in [0, 2] {
+        guest.driver.kick(queue);
+    }
+    thread::sleep(Duration::from_millis(100));
+    let stopped = guest.device.stop();
+    done.store(true, Ordering::Relaxed);
+    assert_eq!(stopped.expect("its worker never came back").len(), 3);
+    assert_eq!(guest.driver.signals.counts().needs_reset, 0);
+}
