@@ -46,7 +46,7 @@ use crate::{
     Memory,
     host::Host,
     state::Section,
-    virtio::{Active, Change, DeviceError, Interrupt, VirtioDevice},
+    virtio::{Active, Change, DeviceError, Interrupt, VirtioDevice, queue::Queue},
     worker::Worker,
 };
 
@@ -202,6 +202,8 @@ pub struct Core {
     /// The selecting registers; any value is fine here.
     pub select: Select,
     running: bool,
+    /// Queues the running device was given.
+    lent: usize,
     paused: bool,
     /// The device once failed to stop: it may still be using its queues.
     broken: bool,
@@ -222,6 +224,7 @@ impl Core {
             queues,
             select: Select::default(),
             running: false,
+            lent: 0,
             paused: false,
             broken: false,
         }
@@ -375,6 +378,7 @@ impl Core {
             return Ok(());
         }
         let queues = self.queues.build(self.accepted, &self.memory)?;
+        self.lent = queues.len();
         self.device.start(Active {
             memory: self.memory.clone(),
             features: self.accepted,
@@ -390,7 +394,12 @@ impl Core {
         if !mem::take(&mut self.running) {
             return Ok(());
         }
-        match self.device.stop() {
+        // A queue that does not come back (a live change went wrong half-way) may still be
+        // served, and how far it came is not known.
+        let whole = |queues: Vec<Queue>| {
+            if queues.len() == self.lent { Ok(queues) } else { Err(lost(&queues, self.lent)) }
+        };
+        match self.device.stop().and_then(whole) {
             Ok(queues) => {
                 self.queues.take_back(&queues);
                 Ok(())
@@ -425,6 +434,11 @@ impl Drop for Core {
         let _ = self.stop();
         self.queues.reset();
     }
+}
+
+fn lost(back: &[Queue], lent: usize) -> DeviceError {
+    let what = format!("Only {} of {lent} queues came back from a device that was stopped", back.len());
+    DeviceError::Host { what, source: std::io::ErrorKind::BrokenPipe.into() }
 }
 
 /// 32 of 64 feature bits; further ones do not exist.

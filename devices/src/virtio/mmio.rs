@@ -67,6 +67,7 @@ pub struct MmioTransport {
     base: u64,
     gsi: u32,
     flags: Arc<Flags>,
+    line: Arc<Line>,
     core: Mutex<Core>,
 }
 
@@ -86,11 +87,12 @@ impl MmioTransport {
             DeviceError::Host { what, source }
         })?;
         let flags = Arc::new(Flags::default());
-        let interrupt = Arc::new(Line { flags: Arc::clone(&flags), line });
+        let line = Arc::new(Line { flags: Arc::clone(&flags), line });
+        let interrupt = Arc::clone(&line) as Arc<dyn Interrupt>;
         let about = device.about().clone();
         let bells = Some(Bells { base: base.wrapping_add(QUEUE_NOTIFY), stride: 0 });
         let plug = Plug { device, memory, worker, host, flags: Arc::clone(&flags), interrupt, bells };
-        Ok(Arc::new(MmioTransport { about, base, gsi, flags, core: Mutex::new(Core::new(plug)) }))
+        Ok(Arc::new(MmioTransport { about, base, gsi, flags, line, core: Mutex::new(Core::new(plug)) }))
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
@@ -184,7 +186,13 @@ impl Transport for MmioTransport {
         self.core().pause()
     }
     fn resume(&self) -> Result<(), DeviceError> {
-        self.core().resume()
+        self.core().resume()?;
+        // The edge of an event that the driver has not seen may have been on its way from the
+        // descriptor to the interrupt controller when that was saved. One more harms nobody.
+        if self.flags.isr() != 0 {
+            self.line.raise(0);
+        }
+        Ok(())
     }
     fn save(&self) -> Result<Vec<Section>, DeviceError> {
         self.core().save()

@@ -453,7 +453,9 @@ impl VirtioDevice for Block {
             .disk
             .reopen(path.as_deref())
             .map_err(|e| self.host("its backing file was not changed", io::Error::other(e)))?;
-        let landed = self.running.take().map(|running| self.land(running)).transpose()?;
+        let told = self.running.as_ref().map(|running| Arc::clone(&running.interrupt));
+        let landed = self.running.take().map(|running| self.land(running)).transpose();
+        let landed = landed.inspect_err(|_| told.iter().for_each(|driver| driver.needs_reset()))?;
         if let Some(path) = path {
             self.settings.path.clone_from(path);
         }

@@ -35,6 +35,7 @@ struct Script {
     resets: AtomicU32,
     refuse_start: AtomicBool,
     refuse_stop: AtomicBool,
+    lose_queue: AtomicBool,
     features: Mutex<u64>,
     sizes: Mutex<Vec<u16>>,
     kicked: Mutex<Vec<u64>>,
@@ -95,6 +96,9 @@ impl VirtioDevice for Scripted {
         }
         if self.script.refuse_stop.load(Ordering::SeqCst) {
             return Err(DeviceError::Driver("scripted".to_owned()));
+        }
+        if self.script.lose_queue.load(Ordering::SeqCst) {
+            self.queues.pop();
         }
         Ok(mem::take(&mut self.queues))
     }
@@ -278,6 +282,18 @@ fn a_device_that_does_not_stop_is_never_started_again() {
 }
 
 #[test]
+fn a_device_that_loses_a_queue_is_given_up() {
+    let rig = rig();
+    assert_eq!(rig.up(), 0xf);
+    rig.script.lose_queue.store(true, Ordering::SeqCst);
+    assert!(rig.transport.pause().is_err());
+    assert!(rig.transport.save().is_err(), "positions that nobody knows were saved");
+    assert_eq!(rig.face.status(), 0x4f);
+    assert_eq!(rig.up(), 0x4f);
+    assert_eq!(rig.count(|s| &s.starts), 1);
+}
+
+#[test]
 fn a_doorbell_that_cannot_be_had_is_replaced_by_ordinary_writes() {
     let bench = Bench::new();
     bench.refuse_doorbells(true);
@@ -357,6 +373,7 @@ fn a_saved_device_goes_on_in_another_machine() {
     assert_eq!(other.count(|s| &s.starts), 1);
     assert_eq!(*other.script.kicked.lock().unwrap(), [1, 1]);
     assert_eq!((other.face.status(), other.face.get(0x60)), (0xf, ISR_QUEUE));
+    assert_eq!(other.bench.raised(GSI), 1, "the edge may have been lost on its way");
     let mut data = [0];
     other.face.read_config(0, &mut data);
     assert_eq!(data, [77]);

@@ -241,6 +241,12 @@ impl Net {
         self.port.set_offloads(flags).map_err(host("set the offloads of its tap"))?;
         let several = features & 1 << VIRTIO_NET_F_MQ != 0;
         let pairs = if several { self.pairs } else { 1 };
+        // Behind the pairs there is the control queue and nothing else (section 5.1.2).
+        if let Some((extra, _)) = queues.iter().find(|(queue, _)| queue.index() > 2 * pairs) {
+            let (extra, last) = (extra.index(), 2 * pairs);
+            let text = format!("Queue {extra} was enabled, but the last one it negotiated is {last}");
+            return Err(DeviceError::Driver(text));
+        }
         let mut kicks = Vec::new();
         for (queue, kick) in &queues {
             kicks.push((queue.index(), kick.try_clone().map_err(host("copy a doorbell"))?));
@@ -355,7 +361,9 @@ impl Net {
             let text = "The new tap has another number of queues or fewer offloads than the old one";
             return Err(DeviceError::Change(text.to_owned()));
         }
-        let halted = self.halt()?;
+        let told = self.started.as_ref().map(|started| Arc::clone(&started.interrupt));
+        let broken = |_: &DeviceError| told.iter().for_each(|driver| driver.needs_reset());
+        let halted = self.halt().inspect_err(broken)?;
         let pairs = self.shared.pairs.load(Ordering::Acquire);
         self.port = port;
         use_pairs(&*self.port, &self.shared, pairs);
@@ -372,10 +380,9 @@ impl Net {
                 pairs.push((queue, kick));
             }
         }
-        let told = Arc::clone(&interrupt);
-        self.serve(Active { memory, features, queues: pairs, interrupt, worker })?;
+        self.serve(Active { memory, features, queues: pairs, interrupt, worker }).inspect_err(broken)?;
         if features & 1 << VIRTIO_NET_F_STATUS != 0 {
-            told.config();
+            told.iter().for_each(|driver| driver.config());
         }
         Ok(())
     }
