@@ -137,14 +137,19 @@ impl PciTransport {
         placed.map(|()| transport).map_err(|error| no_place(bar, error))
     }
 
-    /// Takes the BAR off the memory bus, for an unplug. The caller takes the function out of
+    /// Stops the device and takes its BAR off the memory bus, for an unplug. The caller takes the function out of
     /// the root bus and drops it.
     pub fn unplug(&self) {
         let mut front = self.front();
         if let (Some(at), Some(bus)) = (front.placed.take(), self.bus.upgrade()) {
             bus.remove(at);
         }
-        self.core().move_bells(None);
+        // Somebody may hold this for a while yet: memory is left alone from now on.
+        let mut core = self.core();
+        if let Err(error) = core.pause() {
+            log::error!("A device that was unplugged from PCI slot {} does not stop: {error}", self.slot);
+        }
+        core.move_bells(None);
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
