@@ -236,15 +236,26 @@ impl Turn {
         }
     }
 
+    /// Watches all of `sources` or none: one left behind would wake the thread for nobody,
+    /// again and again.
+    fn watch(&self, id: HandlerId, sources: &[Source]) -> io::Result<()> {
+        for (i, source) in sources.iter().enumerate() {
+            if let Err(error) = control(&self.epoll, ControlOperation::Add, id.0, *source) {
+                for added in sources.iter().take(i) {
+                    let _ = control(&self.epoll, ControlOperation::Delete, id.0, *added);
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     /// Carries out waiting orders; false when told to finish.
     fn obey(&mut self) -> bool {
         while let Ok(order) = self.inbox.try_recv() {
             match order {
                 Order::Add(id, handler, reply) => {
-                    let watched = handler
-                        .sources()
-                        .into_iter()
-                        .try_for_each(|s| control(&self.epoll, ControlOperation::Add, id.0, s));
+                    let watched = self.watch(id, &handler.sources());
                     if watched.is_ok() {
                         self.handlers.insert(id.0, handler);
                     }
@@ -305,6 +316,39 @@ mod tests {
         bell.write(1).unwrap();
         assert!(heard.recv_timeout(DRAIN_DEADLINE).is_err());
         assert!(worker.remove(id).unwrap().is_empty(), "removing twice finds nothing");
+    }
+
+    struct Pair(EventFd, RawFd);
+
+    impl Handler for Pair {
+        fn sources(&self) -> Vec<Source> {
+            let second = Source { fd: self.1, events: EventSet::IN, token: 1 };
+            vec![Source::readable(&self.0, 0), second]
+        }
+        fn ready(&mut self, _: u32, _: EventSet, _: &mut Watch<'_>) {
+            let _ = self.0.read();
+        }
+        fn drain(self: Box<Self>) -> Vec<Queue> {
+            Vec::new()
+        }
+    }
+
+    #[test]
+    fn a_handler_that_cannot_be_watched_leaves_nothing_watched() {
+        let worker = Worker::new("test");
+        let (bell, other) = (EventFd::new(EFD_NONBLOCK).unwrap(), EventFd::new(EFD_NONBLOCK).unwrap());
+        let epoll = Epoll::new().unwrap();
+        let turn = Turn {
+            epoll,
+            ear: EventFd::new(EFD_NONBLOCK).unwrap(),
+            inbox: mpsc::channel().1,
+            handlers: HashMap::new(),
+        };
+        let handler = Pair(bell, -1);
+        assert!(turn.watch(HandlerId(1), &handler.sources()).is_err());
+        let fixed = Pair(handler.0, other.as_raw_fd());
+        turn.watch(HandlerId(2), &fixed.sources()).expect("the first descriptor is free again");
+        assert!(worker.add(Box::new(Pair(fixed.0, -1))).is_err());
     }
 
     #[test]
