@@ -27,6 +27,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::virtio::vsock::door::private_listener;
+
 /// What stands at the far end.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Output {
@@ -40,7 +42,7 @@ pub enum Output {
     File(PathBuf),
     /// A new pseudo-terminal; its path is reported.
     Pty,
-    /// A unix socket made at this path. One client at a time gets the output; what comes
+    /// A unix socket made at this path (mode 0600). One client at a time gets the output; what comes
     /// while nobody is connected is kept, the last [`crate::limits::CONSOLE_BUFFER`] bytes
     /// of it, for the next one.
     Socket(PathBuf),
@@ -265,7 +267,7 @@ fn open_file(path: &Path) -> Result<Sink, OutputError> {
 
 /// Makes the socket; one left by a process that is gone is replaced, one in use is not.
 fn listen(path: &Path) -> io::Result<UnixListener> {
-    let bound = match UnixListener::bind(path) {
+    let bound = match private_listener(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
             let stale = path.symlink_metadata().is_ok_and(|m| m.file_type().is_socket())
                 && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
@@ -273,12 +275,12 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
                 return Err(e);
             }
             std::fs::remove_file(path)?;
-            UnixListener::bind(path)
+            private_listener(path)
         }
         bound => bound,
     }?;
-    bound.set_nonblocking(true)?;
-    Ok(bound)
+    // Non-blocking already.
+    Ok(bound.into())
 }
 
 fn open_pty() -> io::Result<Opened> {

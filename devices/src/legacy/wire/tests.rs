@@ -158,6 +158,8 @@ fn output_without_a_client_keeps_the_last_bytes() {
     let kept: Vec<u8> = wire.lock().ring.iter().copied().collect();
     assert_eq!(kept, all[all.len() - CONSOLE_BUFFER..]);
     assert!(Wire::open(&Output::Socket(path.clone())).is_err(), "a socket in use is not taken over");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&path.metadata().unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600, "other users can connect");
     drop(wire);
     assert!(!path.exists());
     // One left behind by a process that was killed is.

@@ -201,6 +201,12 @@ fn stream_socket() -> io::Result<OwnedFd> {
     owned(unsafe { libc::socket(libc::AF_UNIX, kind, 0) })
 }
 
+/// A listening socket at `path` that only this user can connect to, from its first moment on.
+pub(crate) fn private_listener(path: &Path) -> io::Result<OwnedFd> {
+    let (address, len) = address(path, None).ok_or(io::ErrorKind::InvalidInput)?;
+    listen(&address, len)
+}
+
 fn listen(address: &libc::sockaddr_un, len: libc::socklen_t) -> io::Result<OwnedFd> {
     let socket = stream_socket()?;
     let fd = socket.as_raw_fd();
