@@ -26,7 +26,7 @@ enum Kind {
 }
 
 /// Prints it.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     output::print(&script(args.shell))?;
     Ok(0)
 }

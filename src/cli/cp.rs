@@ -60,16 +60,16 @@ pub struct Args {
 }
 
 /// Copies.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     match (End::parse(&args.source), End::parse(&args.target)) {
         (End::Inside { .. }, End::Inside { .. }) => Err(Failure::new(
             "Nothing can be copied from machine to machine at once; copy through the host, or pipe one cp - into \
              another",
         )),
-        (End::Inside { machine, path }, End::Host(target)) => out(&args, &door(&machine)?, &path, &target),
-        (End::Inside { machine, path }, End::Stream) => out_as_tar(&args, &door(&machine)?, &path),
-        (End::Host(source), End::Inside { machine, path }) => into(&args, &source, &door(&machine)?, &path),
-        (End::Stream, End::Inside { machine, path }) => into_from_tar(&args, &door(&machine)?, &path),
+        (End::Inside { machine, path }, End::Host(target)) => out(args, &door(&machine)?, &path, &target),
+        (End::Inside { machine, path }, End::Stream) => out_as_tar(args, &door(&machine)?, &path),
+        (End::Host(source), End::Inside { machine, path }) => into(args, &source, &door(&machine)?, &path),
+        (End::Stream, End::Inside { machine, path }) => into_from_tar(args, &door(&machine)?, &path),
         _ => Err(Failure::new("One of the two must be in a machine, as in 'nacelle cp FILE MACHINE:/path'")),
     }
 }

@@ -67,7 +67,7 @@ impl Finding {
 }
 
 /// Checks the host; the exit code is 1 if machines do not run here.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     if args.fix {
         for line in fixes::apply() {
             eprintln!("nacelle doctor: {line}");

@@ -59,7 +59,7 @@ pub struct Args {
 }
 
 /// Runs the command; the exit code is the command's.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     let machine = State::open()?.find(&args.machine)?;
     let door = machine.agent()?;
     let both = terminal::is_terminal(0) && terminal::is_terminal(1);
@@ -67,7 +67,7 @@ pub fn run(args: Args) -> Outcome<u8> {
     if args.tty && args.interactive && !args.detach && !terminal::is_terminal(0) {
         return Err(Failure::new("-it needs a terminal as standard input; leave -t out"));
     }
-    let spec = spec(&args, &machine, terminal)?;
+    let spec = spec(args, &machine, terminal)?;
     // Before any thread starts, so that all of them leave signals to the forwarder.
     let signals = doing(Signals::block(&streams::FORWARDED), || "Signals cannot be set up".to_owned())?;
     let mut agent = door.control()?;

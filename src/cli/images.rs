@@ -64,11 +64,11 @@ struct Row<'a> {
 }
 
 /// Lists or removes them.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     let store = Store::new(&kernel::cache_directory())?;
-    match args.action {
-        Some(Action::Rm(remove)) => self::remove(&store, &remove),
-        Some(Action::Ls(list)) => print(&store, &list),
+    match &args.action {
+        Some(Action::Rm(remove)) => self::remove(&store, remove),
+        Some(Action::Ls(list)) => print(&store, list),
         None => print(&store, &args.list),
     }
 }

@@ -85,7 +85,7 @@ struct Paths {
 }
 
 /// Prints them. What can be found is printed, even when something cannot.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     let state = State::open()?;
     let mut found = Vec::new();
     let code = output::each(&args.machines, |word| {

@@ -26,7 +26,7 @@ fn signal(word: &str) -> Result<i32, String> {
 }
 
 /// Sends it to each.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     let state = State::open()?;
     Ok(output::each(&args.machines, |word| {
         let mut machine = state.find(word)?;

@@ -49,7 +49,7 @@ struct Row<'a> {
 }
 
 /// Lists them.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     let machines = State::open()?.machines()?;
     let shown = |m: &&Machine| args.all || matches!(m.record.status(), Status::Running | Status::Created);
     let machines: Vec<&Record> = machines.iter().filter(shown).map(|m| &m.record).collect();

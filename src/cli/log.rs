@@ -94,7 +94,7 @@ impl Reader {
 
     /// The next entry, or nothing when the end of what is written was reached. More may be
     /// written later; asking again then finds it.
-    pub fn next(&mut self) -> io::Result<Option<Entry>> {
+    pub fn next_entry(&mut self) -> io::Result<Option<Entry>> {
         loop {
             if let Some(entry) = self.take_entry()? {
                 return Ok(Some(entry));
@@ -161,7 +161,7 @@ mod tests {
 
     fn all(reader: &mut Reader, stream: Stream) -> Vec<u8> {
         let mut bytes = Vec::new();
-        while let Some(entry) = reader.next().unwrap() {
+        while let Some(entry) = reader.next_entry().unwrap() {
             if entry.stream == stream {
                 bytes.extend(entry.bytes);
             }
@@ -174,7 +174,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("output.log");
         let mut reader = Reader::open(&path);
-        assert_eq!(reader.next().unwrap(), None);
+        assert_eq!(reader.next_entry().unwrap(), None);
         let mut writer = Writer::open(&path).unwrap();
         let long: Vec<u8> = (0..200_000u32).map(|i| i as u8).collect();
         writer.add(Stream::Out, &long).unwrap();
@@ -206,6 +206,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("output.log");
         fs::write(&path, [1, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0]).unwrap();
-        assert!(Reader::open(&path).next().is_err());
+        assert!(Reader::open(&path).next_entry().is_err());
     }
 }

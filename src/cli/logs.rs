@@ -71,12 +71,12 @@ fn tail(word: &str) -> Result<Tail, String> {
 }
 
 /// Prints it.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     let machine = State::open()?.find(&args.machine)?;
     let printed = match args.source {
-        Source::Container => container(&args, &machine),
-        Source::Kernel => text(&args, &machine, "console.log"),
-        Source::Monitor => text(&args, &machine, "monitor.log"),
+        Source::Container => container(args, &machine),
+        Source::Kernel => text(args, &machine, "console.log"),
+        Source::Monitor => text(args, &machine, "monitor.log"),
     };
     match printed {
         // Whoever read it has read enough.
@@ -111,7 +111,7 @@ fn container(args: &Args, machine: &Machine) -> Result<(), LogError> {
     };
     let path = machine.file("output.log");
     let mut reader = Reader::open(&path);
-    let mut next = || doing(reader.next(), || format!("{} cannot be read", path.display()));
+    let mut next = || doing(reader.next_entry(), || format!("{} cannot be read", path.display()));
     let mut printer = Printer { timestamps: args.timestamps, inside_line: [false; 2] };
     let mut following = Following::new(machine, args.follow);
     if let Some(Tail(lines)) = args.tail {

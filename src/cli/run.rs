@@ -124,23 +124,23 @@ pub struct Args {
 }
 
 /// Runs it; the exit code is the command's.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     doctor::require()?;
     let mut steps = Steps::new(args.timing);
     let cache = kernel::cache_directory();
     let mut reporter = Reporter::new(args.quiet);
-    let image = open_image(&args, &cache, &mut reporter)?;
+    let image = open_image(args, &cache, &mut reporter)?;
     steps.done("image ready");
     let kernel = Kernel::choose(args.kernel.as_deref(), &cache)?;
     let initrd = kernel.initrd(&cache)?;
     steps.done("kernel and initial RAM disk ready");
-    let terminal = wants_terminal(&args)?;
-    let process = process(&args, &image, terminal)?;
+    let terminal = wants_terminal(args)?;
+    let process = process(args, &image, terminal)?;
 
     let state = State::open()?;
-    let record = record(&args, &image, &kernel, &process)?;
+    let record = record(args, &image, &kernel, &process)?;
     let mut machine = state.create(record)?;
-    let prepared = prepare(&args, &machine, &image, &kernel, &initrd, process);
+    let prepared = prepare(args, &machine, &image, &kernel, &initrd, process);
     let plan = prepared.inspect_err(|_| {
         let _ = machine.remove();
     })?;

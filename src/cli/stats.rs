@@ -68,7 +68,7 @@ struct Figures {
 }
 
 /// Shows them.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     let state = State::open()?;
     // A word that means nothing is said once, not every second.
     for word in &args.machines {

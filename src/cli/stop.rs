@@ -23,7 +23,7 @@ pub struct Args {
 }
 
 /// Stops them, all at once; one that ended already is stopped.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     let state = State::open()?;
     let grace = Duration::from_secs(args.time.into());
     let stop = |word: &str| {

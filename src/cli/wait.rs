@@ -24,7 +24,7 @@ pub struct Args {
 }
 
 /// Waits for one after the other.
-pub fn run(args: Args) -> Outcome<u8> {
+pub fn run(args: &Args) -> Outcome<u8> {
     let state = State::open()?;
     Ok(output::each(&args.machines, |word| {
         let mut machine = state.find(word)?;

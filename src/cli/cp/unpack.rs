@@ -16,6 +16,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use guest::client::ClientError;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawMode, ResolveFlags, Timespec, Timestamps, UTIME_OMIT};
 use tar::{Archive, Entry, EntryType};
 
@@ -66,15 +67,22 @@ pub fn unpack(directory: &Path, top: Option<&str>, tar: impl Read, rules: Rules)
             _ => {
                 let name = long_name.take().unwrap_or_else(|| entry.path_bytes().into_owned());
                 let link = long_link.take().or_else(|| entry.link_name_bytes().map(|l| l.into_owned()));
-                let shown = String::from_utf8_lossy(&name).into_owned();
                 let written = target.write(&mut entry, &path_of(&name), link.as_deref(), &mut unpacked);
-                let shown = crate::cli::output::clean(&shown);
-                doing(written, || format!("{shown:?} could not be written to {}", directory.display()))?;
+                written.map_err(|error| explain(&name, directory, &error))?;
             }
         }
     }
     target.set_times();
     Ok(unpacked)
+}
+
+/// Says whose failure it was: the machine's, which could not send, or the host's.
+fn explain(name: &[u8], directory: &Path, error: &io::Error) -> Failure {
+    if let Some(sent) = error.get_ref().and_then(|e| e.downcast_ref::<ClientError>()) {
+        return Failure::because("The machine could not send everything; what came is there", sent);
+    }
+    let shown = crate::cli::output::clean(&String::from_utf8_lossy(name));
+    Failure::because(format!("{shown:?} could not be written to {}", directory.display()), error)
 }
 
 fn path_of(bytes: &[u8]) -> PathBuf {

@@ -117,7 +117,7 @@ fn nested() -> Finding {
         let text = read(&format!("/sys/module/{name}/parameters/nested"));
         (!text.is_empty()).then(|| matches!(text.trim(), "Y" | "1"))
     };
-    match modules.iter().find_map(|name| setting(name)) {
+    match modules.iter().find_map(setting) {
         Some(true) => Finding::ok(check, "Machines can run machines of their own"),
         Some(false) => Finding::warn(
             check,

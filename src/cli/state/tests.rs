@@ -90,7 +90,7 @@ fn sockets_in_a_users_runtime_directory_have_paths_that_fit() {
     let id = fresh_id().unwrap();
     let vsock = state.create(record(&id, "one")).unwrap().vsock();
     let inside = vsock.strip_prefix(dir.path()).unwrap();
-    let path = std::path::Path::new("/run/user/4294967294/nacelle").join(inside);
+    let path = Path::new("/run/user/4294967294/nacelle").join(inside);
     // The agent's port is named behind it.
     assert!(path.as_os_str().len() + "_4294967295".len() <= 107, "{}", path.display());
     assert_eq!(state.find(&id).unwrap().record.id, id);

@@ -124,7 +124,7 @@ fn long_names_are_read_up_to_the_kernels_limit() {
     header.set_entry_type(EntryType::GNULongName);
     header.set_size(1 << 40);
     header.set_cksum();
-    let endless = io::Read::chain(&header.as_bytes()[..], io::repeat(b'n'));
+    let endless = Read::chain(&header.as_bytes()[..], io::repeat(b'n'));
     let refused = unpack(dir.path(), None, endless, rules).unwrap_err();
     assert!(refused.to_string().contains("4096"), "{refused}");
 }
