@@ -180,6 +180,7 @@ impl VcpuState {
         fn set(what: &'static str, r: Result<(), kvm_ioctls::Error>) -> Result<(), StateError> {
             r.map_err(|e| StateError::Kvm(what, e))
         }
+        self.check_nested(shape)?;
         let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|_| StateError::Damaged("its CPUID is too long".into()))?;
         set("set the vCPU's CPUID", vcpu.set_cpuid2(&cpuid))?;
@@ -208,6 +209,14 @@ impl VcpuState {
     #[must_use]
     pub fn tsc_khz(&self) -> u32 {
         self.tsc_khz
+    }
+
+    /// A state must not bring nested virtualization to a machine that was made without.
+    fn check_nested(&self, shape: &StateShape) -> Result<(), StateError> {
+        if self.nested.is_some() && !shape.nested {
+            return Err(StateError::Damaged("it has nested virtualization, this machine has not".into()));
+        }
+        Ok(())
     }
 
     fn load_tsc_khz(&self, vcpu: &VcpuFd) -> Result<(), StateError> {

@@ -44,8 +44,9 @@ pub const POWER_OFF_VALUE: u8 = POWER_OFF_SLEEP_TYPE << 2 | 1 << 5;
 pub mod event {
     /// The power button was pressed.
     pub const POWER_BUTTON: u8 = 1;
-    /// The generation id has changed.
-    pub const GENERATION: u8 = 2;
+    /// The generation id has changed. The bits between are those of events of processors and
+    /// memory, which no table here speaks of yet.
+    pub const GENERATION: u8 = 8;
 }
 
 /// Where a one-byte register lies.

@@ -49,6 +49,15 @@ fn every_truncation_and_every_flipped_length_is_refused_without_a_panic() {
 }
 
 #[test]
+fn nested_state_is_only_for_machines_with_nesting() {
+    let shape = |nested| StateShape { msrs: Vec::new(), xsave: XSAVE_MIN, nested };
+    assert!(state().check_nested(&shape(true)).is_ok());
+    assert!(state().check_nested(&shape(false)).is_err());
+    let plain = VcpuState { nested: None, ..state() };
+    assert!(plain.check_nested(&shape(false)).is_ok());
+}
+
+#[test]
 fn damage_is_named() {
     let bytes = state().to_bytes();
     let why = |bytes: &[u8]| match VcpuState::from_bytes(bytes) {
