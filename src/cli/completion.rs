@@ -47,6 +47,11 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_command_line_is_consistent() {
+        crate::cli::command().debug_assert();
+    }
+
+    #[test]
     fn every_shell_learns_the_subcommands() {
         for kind in [Kind::Bash, Kind::Zsh, Kind::Fish] {
             let script = script(kind);

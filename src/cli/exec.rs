@@ -4,7 +4,7 @@
 //! named. Streams, terminal, signals and exit code are those of a local command: what is
 //! piped through comes out byte for byte, and a terminal is put back whatever happens.
 
-use std::{path::PathBuf, thread::JoinHandle, time::Duration};
+use std::{path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
 
 use clap::Args as ClapArgs;
 use guest::{
@@ -75,7 +75,7 @@ pub fn run(args: &Args) -> Outcome<u8> {
     if args.detach {
         return leave(&door, process, terminal).map(|()| 0);
     }
-    let _forwarder = Forwarder::start(signals, door.clone(), process, terminal)?;
+    let _forwarder = Forwarder::start(Arc::new(signals), door.clone(), process, terminal)?;
     let exit = attached(&door, &mut agent, process, &spec);
     terminal::restore();
     exit.map(|exit| exit.status.shell_code())
@@ -160,4 +160,36 @@ fn attached(
         }
     }
     exit.ok_or_else(|| Failure::new("The agent stopped waiting for the command"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(line: &str) -> Args {
+        Line::try_parse_from(["exec"].into_iter().chain(line.split(' '))).unwrap().args
+    }
+
+    #[test]
+    fn flags_after_the_machine_are_the_commands() {
+        let args = parse("-it -e A=1 web ls -l --all");
+        assert!(args.interactive && args.tty);
+        assert_eq!((&args.machine[..], args.command.len()), ("web", 3));
+        assert_eq!(parse("web -- ls -l").command, ["ls", "-l"]);
+        assert_eq!(parse("web sh -c -- x").command, ["sh", "-c", "--", "x"]);
+    }
+
+    #[test]
+    fn a_command_is_needed_and_a_terminal_cannot_be_both_wanted_and_refused() {
+        assert!(Line::try_parse_from(["exec", "web"]).is_err());
+        assert!(Line::try_parse_from(["exec", "-t", "--no-tty", "web", "sh"]).is_err());
+    }
 }

@@ -18,6 +18,7 @@ use std::{
         fd::{AsFd, AsRawFd, RawFd},
         unix::net::UnixStream,
     },
+    sync::Arc,
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -139,7 +140,12 @@ pub struct Forwarder {
 
 impl Forwarder {
     /// Begins to pass on what `signals` brings to `process` of the machine behind `door`.
-    pub fn start(signals: Signals, door: Machine, process: ProcessId, terminal: bool) -> Outcome<Forwarder> {
+    pub fn start(
+        signals: Arc<Signals>,
+        door: Machine,
+        process: ProcessId,
+        terminal: bool,
+    ) -> Outcome<Forwarder> {
         let (stopped, stop) = doing(io::pipe(), || "No pipe can be had".to_owned())?;
         let forward = move || {
             let watched = [(signals.as_raw_fd(), libc::POLLIN), (stopped.as_raw_fd(), libc::POLLIN)];
@@ -219,7 +225,9 @@ mod tests {
     fn a_forwarder_ends_at_once_when_it_is_dropped() {
         let door = Machine::new("/nonexistent/vsock.sock");
         let start = std::time::Instant::now();
-        drop(Forwarder::start(Signals::block(&[]).unwrap(), door, ProcessId(1), false).unwrap());
+        drop(
+            Forwarder::start(Signals::block(&[]).map(Arc::new).unwrap(), door, ProcessId(1), false).unwrap(),
+        );
         assert!(start.elapsed() < Duration::from_secs(2));
     }
 }
