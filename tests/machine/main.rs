@@ -1,0 +1,32 @@
+//! Tests of `nacelle vmm` as a user meets it: the program, a configuration file, a real Linux
+//! guest, the host's own files, taps and sockets.
+//!
+//! ```text
+//!   boot  block  net  vsock   hostile         what is tested
+//!        |                       |
+//!        v                       |
+//!   vm: Setup -> Vm -> Ended     |            one machine: its process, console and log
+//!        |                       |
+//!   guest: the initrd   kernel: which kernel, and its ELF form
+//!        |                       |
+//!        v                       v
+//!   side: this same program inside the guest  process: a child with a deadline
+//! ```
+//!
+//! All of them are one program, so that they share one start of the lab. They need `/dev/kvm`
+//! in which Linux boots, and root; `cargo xtask test` runs them where both are, and sets the
+//! variables that name the kernels. A test that lacks something fails and says what.
+//!
+//! Nothing here waits by looking again after a while: every wait is for an event (a line of
+//! the console, the end of a process) and has a deadline, and a missed one shows the console.
+
+mod block;
+mod boot;
+mod guest;
+mod hostile;
+mod kernel;
+mod net;
+mod process;
+mod side;
+mod vm;
+mod vsock;
