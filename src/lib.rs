@@ -15,6 +15,7 @@
 //! ([`controller`]); one for each vCPU; one for the devices, started when a driver first
 //! drives one; one more for each disk that may block and each further queue pair.
 
+pub mod calendar;
 pub mod cli;
 pub mod controller;
 pub mod logger;

@@ -19,6 +19,8 @@ use std::{
 use api::spec::{LogLevel, Logger as LoggerSpec};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::calendar;
+
 /// Lines written in any one second; further ones are counted and dropped.
 pub const LINES_PER_SECOND: u64 = 200;
 
@@ -123,39 +125,14 @@ impl Logger {
             (true, Some(file), Some(line)) => format!(":{file}:{line}"),
             _ => String::new(),
         };
-        let time = utc(now.as_secs());
+        let time = calendar::utc(now.as_secs());
         format!("{time}.{:09} [{}{level}{origin}] {}\n", now.subsec_nanos(), self.id, record.args())
     }
-}
-
-/// A time as `2026-11-21T12:00:00`, from seconds since 1970, in UTC (proleptic Gregorian
-/// calendar). The C library would read time zone files for it.
-fn utc(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    // Counted from 1 March of year 0, so that the leap day is the last day of a year.
-    let days = days + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = era * 400 + year + u64::from(month <= 2);
-    let (hours, minutes, seconds) = (rest / 3_600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_are_utc() {
-        assert_eq!(utc(0), "1970-01-01T00:00:00");
-        assert_eq!(utc(1_582_934_400), "2020-02-29T00:00:00");
-        assert_eq!(utc(1_609_459_199), "2020-12-31T23:59:59");
-        assert_eq!(utc(4_107_542_400), "2100-03-01T00:00:00");
-    }
 
     #[test]
     fn a_flood_is_cut_each_second() {

@@ -9,16 +9,11 @@ use super::{
     failure::{Failure, Outcome},
     state,
 };
-
-const DAY: u64 = 24 * 60 * 60;
+use crate::calendar::{self, DAY, days, days_of_month};
 
 /// A moment as RFC 3339 has it, in UTC with milliseconds: `2026-11-21T13:32:00.250Z`.
 pub fn rfc3339(millis: u64) -> String {
-    let (seconds, rest) = (millis / 1000, millis % 1000);
-    let (year, month, day) = date(seconds / DAY);
-    let of_day = seconds % DAY;
-    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{rest:03}Z")
+    format!("{}.{:03}Z", calendar::utc(millis / 1000), millis % 1000)
 }
 
 /// How long something has lasted, in words, as `docker ps` says it.
@@ -118,46 +113,6 @@ fn offset(time: &str) -> Option<(&str, i64)> {
     let (hours, minutes) = zone.get(1..)?.split_once(':')?;
     let (hours, minutes) = (hours.parse::<u8>().ok()?, minutes.parse::<u8>().ok()?);
     (hours < 24 && minutes < 60).then(|| (clock, sign * (i64::from(hours) * 3600 + i64::from(minutes) * 60)))
-}
-
-fn is_leap(year: u64) -> bool {
-    year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-}
-
-fn days_of_month(year: u64, month: u64) -> u64 {
-    match month {
-        2 if is_leap(year) => 29,
-        2 => 28,
-        4 | 6 | 9 | 11 => 30,
-        _ => 31,
-    }
-}
-
-/// Leap days from 1970 to the start of `year`.
-fn leap_days(year: u64) -> u64 {
-    let until = |year: u64| year / 4 - year / 100 + year / 400;
-    until(year - 1) - until(1969)
-}
-
-/// Days from 1970-01-01 to a date.
-fn days(year: u64, month: u64, day: u64) -> u64 {
-    let months: u64 = (1..month).map(|m| days_of_month(year, m)).sum();
-    (year - 1970) * 365 + leap_days(year) + months + day - 1
-}
-
-/// Year, month and day of so many days after 1970-01-01.
-fn date(count: u64) -> (u64, u64, u64) {
-    let mut year = 1970 + count / 366;
-    while days(year + 1, 1, 1) <= count {
-        year += 1;
-    }
-    let mut left = count - days(year, 1, 1);
-    let mut month = 1;
-    while left >= days_of_month(year, month) {
-        left -= days_of_month(year, month);
-        month += 1;
-    }
-    (year, month, left + 1)
 }
 
 #[cfg(test)]
