@@ -160,6 +160,8 @@ struct Started {
     /// The doorbells by queue index.
     kicks: Vec<(u16, EventFd)>,
     handlers: Vec<(Worker, HandlerId)>,
+    /// Queues that a driver enabled although it did not negotiate as many.
+    idle: Vec<Queue>,
 }
 
 /// A handler with the number of its pair; the control queue's has none.
@@ -241,17 +243,15 @@ impl Net {
         self.port.set_offloads(flags).map_err(host("set the offloads of its tap"))?;
         let several = features & 1 << VIRTIO_NET_F_MQ != 0;
         let pairs = if several { self.pairs } else { 1 };
-        // Behind the pairs there is the control queue and nothing else (section 5.1.2).
-        if let Some((extra, _)) = queues.iter().find(|(queue, _)| queue.index() > 2 * pairs) {
-            let (extra, last) = (extra.index(), 2 * pairs);
-            let text = format!("Queue {extra} was enabled, but the last one it negotiated is {last}");
-            return Err(DeviceError::Driver(text));
-        }
         let mut kicks = Vec::new();
         for (queue, kick) in &queues {
             kicks.push((queue.index(), kick.try_clone().map_err(host("copy a doorbell"))?));
         }
-        let started = Started { memory, features, interrupt, worker, kicks, handlers: Vec::new() };
+        // Behind the pairs there is the control queue (section 5.1.2), and behind that nothing.
+        let (queues, idle): (Vec<_>, Vec<_>) =
+            queues.into_iter().partition(|(queue, _)| queue.index() <= 2 * pairs);
+        let idle = idle.into_iter().map(|(queue, _)| queue).collect();
+        let started = Started { memory, features, interrupt, worker, kicks, handlers: Vec::new(), idle };
         let handlers = self.handlers(&started, queues, pairs).map_err(host("copy a doorbell"))?;
         let own = handlers.iter().filter(|(pair, _)| pair.is_some()).count() > 1;
         self.started = Some(started);
@@ -338,7 +338,7 @@ impl Net {
     /// Stops serving; what is needed to go on comes back with the queues.
     fn halt(&mut self) -> Result<Option<(Started, Vec<Queue>)>, DeviceError> {
         let Some(mut started) = self.started.take() else { return Ok(None) };
-        let mut queues = Vec::new();
+        let mut queues = std::mem::take(&mut started.idle);
         let mut failed = None;
         for (worker, id) in std::mem::take(&mut started.handlers) {
             match worker.remove(id) {
