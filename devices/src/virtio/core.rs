@@ -230,9 +230,12 @@ impl Core {
         }
     }
 
-    /// The status register: what the driver set, and `DEVICE_NEEDS_RESET`.
+    /// The status register: what the driver set, and `DEVICE_NEEDS_RESET`. After a reset it is
+    /// 0 even when the device did not survive that: drivers wait for 0 without end (VIRTIO 1.2
+    /// section 4.1.4.3.2).
     pub fn status(&self) -> u8 {
-        self.status | if self.flags.needs_reset() { status::NEEDS_RESET } else { 0 }
+        let broken = self.status != 0 && self.flags.needs_reset();
+        self.status | if broken { status::NEEDS_RESET } else { 0 }
     }
 
     /// A write to the status register (VIRTIO 1.2 sections 2.1 and 3.1).
@@ -246,7 +249,10 @@ impl Core {
             ),
             Step::To(to) => {
                 let added = to & !self.status;
-                if added & status::FEATURES_OK != 0 && !self.acceptable(self.accepted) {
+                // A device that is given up agrees to nothing, so that its driver gives up too
+                // instead of waiting for answers.
+                let agreed = !self.broken && self.acceptable(self.accepted);
+                if added & status::FEATURES_OK != 0 && !agreed {
                     return;
                 }
                 self.status = to;
