@@ -35,7 +35,7 @@ use std::{
 use api::Spec;
 use guest::{
     client::{Agent, ReadyListener},
-    protocol::{Exit, ExitStatus, MAIN, ProcessSpec, Setup, Size, Stream},
+    protocol::{Exit, ExitStatus, MAIN, ProcessSpec, Setup, Stream},
 };
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +43,7 @@ use super::{
     failure::{EXIT_OURS, Failure, Outcome, doing},
     log::{self, Writer},
     state::{End, Machine, ProcessName, now},
+    streams::{self, FORWARDED, Forwarder},
     terminal,
 };
 use crate::signals::{self, Signals};
@@ -50,6 +51,8 @@ use crate::signals::{self, Signals};
 /// How long a machine may take from its start until its agent answers, unless
 /// `NACELLE_START_TIMEOUT` (seconds) says otherwise.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// The id of the disk that holds what the container writes to its root.
+pub const WRITABLE_LAYER: &str = "upper";
 /// How long the last output may take to arrive after the command ended.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a machine may take to switch itself off.
@@ -86,7 +89,7 @@ pub fn keep(
 ) -> Outcome<u8> {
     machine.record.keeper = ProcessName::of(std::process::id() as i32);
     machine.save()?;
-    let signals = doing(Signals::block(&FORWARDED), || "Signals cannot be set up".to_owned())?;
+    let signals = doing(Signals::block(&FORWARDED).map(Arc::new), || "Signals cannot be set up".to_owned())?;
     let outcome = run(machine, plan, attached, &signals, started);
     terminal::restore();
     let end = match &outcome {
@@ -94,6 +97,7 @@ pub fn keep(
         Err(failure) => End { exit_code: failure.code, reason: Some(failure.message.clone()), at: now() },
     };
     machine.record.end = Some(end.clone());
+    machine.announce(end.exit_code);
     if machine.record.ephemeral {
         machine.remove()?;
     } else {
@@ -101,9 +105,6 @@ pub fn keep(
     }
     outcome.map(|_| end.exit_code)
 }
-
-const FORWARDED: [i32; 7] =
-    [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
 
 fn end_of(exit: &Exit) -> End {
     let (exit_code, mut reason) = match exit.status {
@@ -122,7 +123,7 @@ fn run(
     machine: &mut Machine,
     mut plan: Plan,
     attached: Attached,
-    signals: &Signals,
+    signals: &Arc<Signals>,
     started: impl FnOnce(&Machine),
 ) -> Outcome<Exit> {
     let door = machine.vsock();
@@ -147,8 +148,14 @@ fn run(
     started(machine);
     let exit = wait(&mut agent, &mut monitor, machine, &plan.process, signals)?;
     streams.finish();
-    monitor.end(&mut agent, machine.record.ephemeral);
+    let keeps = !machine.record.ephemeral || writes_own_disks(&plan.spec);
+    monitor.end(&mut agent, keeps);
     Ok(exit)
+}
+
+/// Whether disks of the user's, which outlive the machine, may have been written.
+fn writes_own_disks(spec: &Spec) -> bool {
+    spec.drives.iter().any(|drive| !drive.is_read_only && drive.drive_id != WRITABLE_LAYER)
 }
 
 /// Waits for the command's end, forwarding signals and terminal sizes meanwhile.
@@ -157,49 +164,15 @@ fn wait(
     monitor: &mut Monitor,
     machine: &Machine,
     process: &ProcessSpec,
-    signals: &Signals,
+    signals: &Arc<Signals>,
 ) -> Outcome<Exit> {
     let door = guest::client::Machine::new(machine.vsock());
-    let terminal = process.terminal.is_some();
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    thread::scope(|scope| {
-        let over = Arc::clone(&stop);
-        scope.spawn(move || {
-            // A second connection: the first one is busy waiting.
-            let mut control = None;
-            while !over.load(std::sync::atomic::Ordering::Relaxed) {
-                if !readable(&[signals.as_raw_fd()], Duration::from_millis(100)) {
-                    continue;
-                }
-                while let Some(number) = signals.next() {
-                    let agent = match &mut control {
-                        Some(agent) => agent,
-                        none => match door.control() {
-                            Ok(fresh) => none.insert(fresh),
-                            Err(_) => continue,
-                        },
-                    };
-                    let sent = match (number, terminal::size(0)) {
-                        (libc::SIGWINCH, Some((rows, cols))) if terminal => {
-                            agent.resize(MAIN, Size { rows, cols })
-                        }
-                        (libc::SIGWINCH, _) => Ok(()),
-                        _ => agent.signal(MAIN, number),
-                    };
-                    if sent.is_err() {
-                        control = None;
-                    }
-                }
-            }
-        });
-        let exit = agent.wait(MAIN, None);
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        match exit {
-            Ok(Some(exit)) => Ok(exit),
-            Ok(None) => Err(Failure::new("The agent stopped waiting for the command")),
-            Err(error) => Err(monitor.explain(error.into())),
-        }
-    })
+    let _forwarder = Forwarder::start(Arc::clone(signals), door, MAIN, process.terminal.is_some())?;
+    match agent.wait(MAIN, None) {
+        Ok(Some(exit)) => Ok(exit),
+        Ok(None) => Err(Failure::new("The agent stopped waiting for the command")),
+        Err(error) => Err(monitor.explain(error.into())),
+    }
 }
 
 /// The monitor's process.
@@ -298,8 +271,8 @@ impl Monitor {
     }
 
     /// Switches the machine off, gently where what it wrote is kept.
-    fn end(&mut self, agent: &mut Agent, ephemeral: bool) {
-        if !ephemeral && agent.shutdown(false).is_ok() && readable(&[self.pidfd.as_raw_fd()], OFF_TIMEOUT) {
+    fn end(&mut self, agent: &mut Agent, keeps: bool) {
+        if keeps && agent.shutdown(false).is_ok() && readable(&[self.pidfd.as_raw_fd()], OFF_TIMEOUT) {
             let _ = self.child.wait();
             return;
         }
@@ -340,8 +313,7 @@ impl Streams {
             if process.terminal.is_some() {
                 terminal::make_raw(0);
             }
-            // Not waited for: it may sit in a read of a terminal nobody types on.
-            drop(carry_in(stdin));
+            streams::carry_in(stdin)?;
         }
         Ok(Streams(threads))
     }
@@ -382,27 +354,6 @@ fn carry_out(
             }
             // A log that cannot be written must not stop the container.
             let _ = log.lock().unwrap_or_else(PoisonError::into_inner).add(stream, bytes);
-        }
-    })
-}
-
-fn carry_in(mut to: std::os::unix::net::UnixStream) -> thread::JoinHandle<()> {
-    thread::spawn(move || {
-        let mut stdin = io::stdin().lock();
-        let mut buffer = vec![0; 64 * 1024];
-        loop {
-            match stdin.read(&mut buffer) {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Ok(0) | Err(_) => {
-                    let _ = to.shutdown(std::net::Shutdown::Write);
-                    return;
-                }
-                Ok(got) => {
-                    if to.write_all(buffer.get(..got).unwrap_or_default()).is_err() {
-                        return;
-                    }
-                }
-            }
         }
     })
 }

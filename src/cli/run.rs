@@ -33,6 +33,7 @@ const CPUS: u8 = 2;
 
 /// Run a command from a container image in a machine of its own
 #[derive(Debug, ClapArgs)]
+#[command(override_usage = "nacelle run [OPTIONS] IMAGE [COMMAND [ARGUMENT]...]")]
 pub struct Args {
     /// Keep standard input open
     #[arg(short, long)]
@@ -115,12 +116,11 @@ pub struct Args {
     /// Print no progress
     #[arg(short, long)]
     quiet: bool,
-    /// OCI layout, saved image, root directory, or registry reference
-    #[arg(value_name = "IMAGE")]
-    image: String,
-    /// Command and arguments instead of the image's
-    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
-    command: Vec<String>,
+    /// OCI layout, saved image, root directory or registry reference; then, instead of the
+    /// image's own, a command and its arguments
+    // One list, because flags end at the image: what follows is the command's.
+    #[arg(value_names = ["IMAGE", "COMMAND"], required = true, num_args = 1.., trailing_var_arg = true)]
+    words: Vec<String>,
 }
 
 /// Runs it; the exit code is the command's.
@@ -206,7 +206,8 @@ impl Steps {
 }
 
 fn open_image(args: &Args, cache: &Path, reporter: &mut Reporter) -> Outcome<Image> {
-    let source = Source::parse(&args.image)?;
+    let image = args.words.first().map_or("", String::as_str);
+    let source = Source::parse(image)?;
     let store = Store::new(cache)?;
     let options = OpenOptions {
         pull: match args.pull.as_str() {
@@ -240,7 +241,7 @@ fn process(args: &Args, image: &Image, terminal: bool) -> Outcome<ProcessSpec> {
     env.extend(args.env.iter().filter_map(|word| values::env(word)));
     let overrides = Overrides {
         entrypoint: args.entrypoint.clone().map(|program| vec![program]),
-        command: args.command.clone(),
+        command: args.words.get(1..).unwrap_or_default().to_vec(),
         env,
         working_dir: args.workdir.clone(),
         user: args.user.clone(),

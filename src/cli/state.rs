@@ -9,6 +9,7 @@
 //!       config.json             what the monitor was given
 //!       vsock.sock              the door to the agent
 //!       console.log             what the guest's kernel printed
+//!       exit-code               empty until its end, then one byte
 //!       output.log              what the container printed (see log.rs)
 //!       upper.img               what the container wrote
 //! ```
@@ -23,7 +24,10 @@
 use std::{
     fs::{self, File},
     io::Write,
-    os::{fd::AsRawFd, unix::fs::DirBuilderExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{DirBuilderExt, FileExt},
+    },
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -31,6 +35,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::failure::{Failure, Outcome, doing};
+
+/// Name of the file that [`Ending`] is.
+const ENDING: &str = "exit-code";
 
 /// A process, named so that another one with its number is told apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,6 +215,19 @@ impl Machine {
         Ok(())
     }
 
+    /// Tells those who hold [`Machine::ending`] how it ended, also when it is removed next.
+    pub fn announce(&self, code: u8) {
+        let file = File::options().write(true).open(self.file(ENDING));
+        // Nobody may be waiting, so nobody may have to be told.
+        let _ = file.and_then(|mut file| file.write_all(&[code]));
+    }
+
+    /// Where the exit code will be, to be held while one waits: it can still be read once the
+    /// machine was removed. `None` when it was already.
+    pub fn ending(&self) -> Option<Ending> {
+        File::open(self.file(ENDING)).ok().map(Ending)
+    }
+
     /// Removes everything that is kept of the machine.
     pub fn remove(&self) -> Outcome<()> {
         // The record goes first: a directory without one is no machine, whatever else is left.
@@ -218,6 +238,18 @@ impl Machine {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// The file of a machine that will hold its exit code.
+#[derive(Debug)]
+pub struct Ending(File);
+
+impl Ending {
+    /// The exit code, once it is known.
+    pub fn code(&self) -> Option<u8> {
+        let mut code = [0];
+        self.0.read_exact_at(&mut code, 0).ok().map(|()| code[0])
     }
 }
 
@@ -324,7 +356,9 @@ impl State {
         let made = fs::DirBuilder::new().mode(0o700).create(&dir);
         doing(made, || format!("{} cannot be made", dir.display()))?;
         let machine = Machine { dir, record };
-        machine.save().inspect_err(|_| {
+        let ending = machine.file(ENDING);
+        let made = doing(File::create(&ending), || format!("{} cannot be made", ending.display()));
+        made.and_then(|_| machine.save()).inspect_err(|_| {
             let _ = machine.remove();
         })?;
         Ok(machine)

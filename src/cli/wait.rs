@@ -1,19 +1,18 @@
 //! `nacelle wait`: blocks until machines have ended and prints their exit codes.
 
-use std::{thread, time::Duration};
+use std::time::Duration;
 
 use clap::Args as ClapArgs;
-use guest::protocol::MAIN;
 
 use super::{
     ending,
     failure::{Failure, Outcome},
     output,
-    state::{Machine, State, Status},
+    state::{Machine, State},
 };
 
-/// Longest single wait on the agent, after which the record is looked at again.
-const TURN: Duration = Duration::from_secs(1);
+/// Longest single wait; there are as many as it takes.
+const TURN: Duration = Duration::from_secs(3600);
 
 /// Wait until machines have ended and print their exit codes
 #[derive(Debug, ClapArgs)]
@@ -34,35 +33,14 @@ pub fn run(args: &Args) -> Outcome<u8> {
 }
 
 fn exit_code(machine: &mut Machine) -> Outcome<u8> {
-    // A machine that is removed at its end takes its record with it, so the agent is asked,
-    // too; the record, which knows of failures of ours, has precedence.
-    let mut seen = None;
-    let mut connection = None;
-    while !ending::is_over(machine) {
-        if seen.is_some() || machine.record.status() == Status::Created {
-            thread::sleep(Duration::from_millis(5));
-            continue;
-        }
-        let door = guest::client::Machine::new(machine.vsock());
-        let agent = match &mut connection {
-            Some(agent) => Ok(agent),
-            none => door.control().map(|agent| none.insert(agent)),
-        };
-        match agent.and_then(|agent| agent.wait(MAIN, Some(TURN))) {
-            Ok(Some(exit)) => seen = Some(exit.status.shell_code()),
-            Ok(None) => {}
-            Err(_) => {
-                connection = None;
-                thread::sleep(Duration::from_millis(50));
-            }
-        }
-    }
-    let name = &machine.record.name;
-    match (&machine.record.end, seen) {
-        (Some(end), _) => Ok(end.exit_code),
-        (None, Some(code)) => Ok(code),
-        (None, None) => Err(Failure::new(format!(
+    // A machine that is removed at its end takes its record with it; what is held open stays.
+    let held = machine.ending();
+    while !ending::wait_until_over(machine, TURN) {}
+    let recorded = machine.record.end.as_ref().map(|end| end.exit_code);
+    recorded.or_else(|| held.and_then(|held| held.code())).ok_or_else(|| {
+        let name = &machine.record.name;
+        Failure::new(format!(
             "Machine {name} is gone and did not say how it ended; 'nacelle logs {name}' may tell more"
-        ))),
-    }
+        ))
+    })
 }

@@ -9,7 +9,7 @@ use super::{
     failure::{Failure, Outcome},
     state,
 };
-use crate::calendar::{self, DAY, days, days_of_month};
+use crate::calendar::{self, DAY, days};
 
 /// A moment as RFC 3339 has it, in UTC with milliseconds: `2026-11-21T13:32:00.250Z`.
 pub fn rfc3339(millis: u64) -> String {
