@@ -103,7 +103,10 @@ impl Container {
             let device = disks::find(&disk.serial)?;
             if !disk.path.is_empty() {
                 let place = self.disk_place(number);
-                disks::attach(&device, &place, &disk.filesystem, disk.read_only)?;
+                disks::attach(&device, &place, &disk.filesystem, disk.read_only).map_err(|mut failure| {
+                    failure.message = format!("{} (the one for {})", failure.message, disk.path);
+                    failure
+                })?;
             }
             state.disks.push(device);
         }
