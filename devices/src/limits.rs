@@ -57,7 +57,7 @@ pub const TURN_BUDGET: usize = 256;
 
 /// Bytes one block request moves at most; a longer one fails with `VIRTIO_BLK_S_IOERR`. A
 /// driver that keeps to `seg_max` and its own sane segment sizes never comes near.
-pub const BLOCK_REQUEST_MAX: u64 = 1 << 30;
+pub const BLOCK_REQUEST_MAX: u64 = 64 << 20;
 
 /// Ranges of one discard request (`max_discard_seg`); more fail with `VIRTIO_BLK_S_IOERR`.
 pub const BLOCK_RANGES_MAX: u32 = 16;

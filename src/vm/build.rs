@@ -325,8 +325,10 @@ fn pci_host() -> acpi::PciHost {
     }
 }
 
-// The tables tell the guest which value switches the machine off; the registers must agree.
+// The tables and the registers behind them are written down in two crates; they must agree.
 const _: () = assert!(acpi::POWER_OFF_VALUE >> 2 & 7 == power::S5_TYPE);
+const _: () = assert!(acpi::event::POWER_BUTTON as u32 == power::EVENT_POWER_BUTTON);
+const _: () = assert!(acpi::event::GENERATION as u32 == power::EVENT_GENERATION);
 
 fn block_config(drive: &spec::Drive) -> block::BlockConfig {
     block::BlockConfig {
