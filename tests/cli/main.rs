@@ -1,0 +1,27 @@
+//! The container side, as a user meets it: the real program, real images, real machines.
+//!
+//! ```text
+//!   streams      bytes and exit codes          registry   pulled, saved and plain images
+//!   options      flags and image settings      hostile    images that mean harm, full disks
+//!   interactive  a terminal                    habits     doctor, completion, what is asked wrong
+//!   lifecycle    -d, ls, logs, exec, cp ...    death      processes that were killed
+//! ```
+//!
+//! Every test has a [`host::Host`]: a state directory of its own, so that tests run side by side
+//! and whatever they leave behind is found. Every wait has an end, and a test that fails shows
+//! what the program said.
+//!
+//! `cargo xtask test` names the guest kernels and the image in variables and, where the host
+//! has no hardware virtualization, runs this program in the lab.
+
+mod death;
+mod habits;
+mod host;
+mod hostile;
+mod image;
+mod interactive;
+mod lifecycle;
+mod options;
+mod registry;
+mod streams;
+mod terminal;
