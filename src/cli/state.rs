@@ -153,7 +153,8 @@ impl Record {
         let alive = |p: &Option<ProcessName>| p.as_ref().is_some_and(ProcessName::is_alive);
         match (&self.end, self.started) {
             (Some(_), _) => Status::Exited,
-            (None, Some(_)) if alive(&self.monitor) && alive(&self.keeper) => Status::Running,
+            // Also while the monitor is gone already: the keeper is about to say how it ended.
+            (None, Some(_)) if alive(&self.keeper) => Status::Running,
             (None, None) if alive(&self.keeper) => Status::Created,
             _ => Status::Dead,
         }

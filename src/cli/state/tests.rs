@@ -67,9 +67,12 @@ fn a_machine_whose_process_is_gone_is_dead_and_a_reused_number_is_not_taken_for_
     let mut one = record("a1", "one");
     (one.started, one.monitor, one.keeper) = (Some(1), Some(me), Some(me));
     assert_eq!(one.status(), Status::Running);
-    one.monitor = Some(ProcessName { started: me.started + 1, ..me });
+    let other = Some(ProcessName { started: me.started + 1, ..me });
+    one.monitor = other;
+    assert_eq!(one.status(), Status::Running, "its keeper will say how it ended");
+    (one.monitor, one.keeper) = (Some(me), other);
     assert_eq!(one.status(), Status::Dead);
-    assert!(!one.monitor.unwrap().signal(0));
+    assert!(!one.keeper.unwrap().signal(0));
     one.end = Some(End { exit_code: 0, reason: None, at: 2 });
     assert_eq!(one.status(), Status::Exited);
 }
