@@ -28,6 +28,21 @@ pub fn cargo() -> Command {
     cargo
 }
 
+/// The path of this program. When a build has replaced the file since this process was started,
+/// that is the new one's.
+pub fn own_program() -> Result<PathBuf> {
+    let path = env::current_exe().context("Cannot tell where this program lies")?;
+    Ok(without_mark(path))
+}
+
+/// The kernel marks the path of a program whose file was replaced.
+fn without_mark(path: PathBuf) -> PathBuf {
+    match path.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
+        Some(plain) => plain.into(),
+        None => path,
+    }
+}
+
 /// Builds the monitor and the guest agent; the path of the monitor, which has the agent beside
 /// it.
 pub fn nacelle() -> Result<PathBuf> {
@@ -35,9 +50,24 @@ pub fn nacelle() -> Result<PathBuf> {
         "Building nacelle and its guest agent",
         cargo().args(["build", "-p", "nacelle", "-p", "nacelle-guest"]),
     )?;
-    let own = env::current_exe().context("Cannot tell where this program lies")?;
+    let own = own_program()?;
     let folder = own.parent().context("This program lies in no folder")?;
     Ok(folder.join("nacelle"))
+}
+
+/// The path of this program. When a build has replaced the file since this process was started,
+/// that is the new one's.
+pub fn own_program() -> Result<PathBuf> {
+    let path = env::current_exe().context("Cannot tell where this program lies")?;
+    Ok(without_mark(path))
+}
+
+/// The kernel marks the path of a program whose file was replaced.
+fn without_mark(path: PathBuf) -> PathBuf {
+    match path.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
+        Some(plain) => plain.into(),
+        None => path,
+    }
 }
 
 /// Builds the monitor alone as it is shipped; its path.
@@ -50,4 +80,16 @@ pub fn release() -> Result<PathBuf> {
     // TARGET/debug/xtask stands beside TARGET/release/nacelle.
     let folder = own.parent().and_then(Path::parent).context("This program lies in no folder")?;
     Ok(folder.join("release/nacelle"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_was_replaced_is_found_at_its_place() {
+        assert_eq!(without_mark("/t/debug/xtask (deleted)".into()), Path::new("/t/debug/xtask"));
+        assert_eq!(without_mark("/t/debug/xtask".into()), Path::new("/t/debug/xtask"));
+        assert!(own_program().unwrap().is_file());
+    }
 }

@@ -14,7 +14,6 @@
 //! kernel), `NACELLE_TEST_BUILT_KERNEL` (nacelle's own, where it is built),
 //! `NACELLE_TEST_IMAGE` (an OCI layout with busybox).
 
-use std::env;
 use std::ffi::OsString;
 use std::process::Command;
 
@@ -77,7 +76,7 @@ fn variables() -> Result<Vec<(&'static str, OsString)>> {
 
 /// cargo's setting that makes it start test programs through this one.
 fn lab_runner() -> Result<String> {
-    let own = env::current_exe().context("Cannot tell where this program lies")?;
+    let own = build::own_program()?;
     let own = own.to_str().context("This program's path is not UTF-8")?;
     // A JSON string is a TOML one.
     let own = serde_json::to_string(own)?;
@@ -91,7 +90,7 @@ mod tests {
     #[test]
     fn the_runner_setting_names_this_program_and_its_task() {
         let setting = lab_runner().unwrap();
-        let own = env::current_exe().unwrap();
+        let own = std::env::current_exe().unwrap();
         assert!(setting.contains(own.to_str().unwrap()), "{setting}");
         assert!(setting.ends_with(",\"lab-runner\"]"), "{setting}");
     }
