@@ -55,28 +55,13 @@ pub fn nacelle() -> Result<PathBuf> {
     Ok(folder.join("nacelle"))
 }
 
-/// The path of this program. When a build has replaced the file since this process was started,
-/// that is the new one's.
-pub fn own_program() -> Result<PathBuf> {
-    let path = env::current_exe().context("Cannot tell where this program lies")?;
-    Ok(without_mark(path))
-}
-
-/// The kernel marks the path of a program whose file was replaced.
-fn without_mark(path: PathBuf) -> PathBuf {
-    match path.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
-        Some(plain) => plain.into(),
-        None => path,
-    }
-}
-
 /// Builds the monitor alone as it is shipped; its path.
 pub fn release() -> Result<PathBuf> {
     progress::step_of_program(
         "Building nacelle's release (some minutes the first time)",
         cargo().args(["build", "--release", "-p", "nacelle"]),
     )?;
-    let own = env::current_exe().context("Cannot tell where this program lies")?;
+    let own = own_program()?;
     // TARGET/debug/xtask stands beside TARGET/release/nacelle.
     let folder = own.parent().and_then(Path::parent).context("This program lies in no folder")?;
     Ok(folder.join("release/nacelle"))
