@@ -329,8 +329,7 @@ impl Ended {
         self
     }
 
-    /// Checks that standard error names all of `words` and, as its first line, says it in one
-    /// sentence of the program's.
+    /// Checks that standard error names all of `words`.
     #[track_caller]
     pub fn says(self, words: &[&str]) -> Ended {
         for word in words {
