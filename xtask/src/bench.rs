@@ -19,10 +19,15 @@
 //! `boot` counts instructions where the host has no hardware virtualization: times are of a
 //! machine that does 500 million instructions a second, and repeat within a percent.
 
+mod block;
 mod boot;
+mod machine;
+mod net;
 mod report;
 mod spent;
+mod start;
 mod trace;
+mod vsock;
 
 use std::path::PathBuf;
 
@@ -59,6 +64,14 @@ pub struct Arguments {
 enum What {
     /// Exec to guest init to exit
     Boot,
+    /// Exec to the first KVM_RUN, and what an idle machine keeps
+    Start,
+    /// Random reads of a disk
+    Block,
+    /// Frames through a tap
+    Net,
+    /// Streams and round trips to a unix socket
+    Vsock,
 }
 
 /// Runs one benchmark; 0 when every target was met, 1 when one was missed.
@@ -68,6 +81,10 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     }
     let report = match arguments.what {
         What::Boot => boot::run(arguments)?,
+        What::Start => start::run(arguments)?,
+        What::Block => block::run(arguments)?,
+        What::Net => net::run(arguments)?,
+        What::Vsock => vsock::run(arguments)?,
     };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&report)?);

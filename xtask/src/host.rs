@@ -46,6 +46,9 @@ pub const TEST_PACKAGES: [Package; 8] = [
     package("tar", "tar"),
 ];
 
+/// What `cargo xtask bench` needs beside the lab.
+pub const BENCH_PACKAGES: [Package; 2] = [package("iproute2", "ip"), package("strace", "strace")];
+
 /// What `cargo xtask kernel` needs.
 pub const KERNEL_PACKAGES: [Package; 10] = [
     package("bc", "bc"),

@@ -25,7 +25,7 @@ use super::{
     spent::{self, Spent},
     trace::{self, Exits},
 };
-use crate::{host, kernel, lab};
+use crate::{build, host, kernel, lab};
 
 /// Where the measured files are copied to, so that no reading of a disk or of the lab's shared
 /// directories is counted.
@@ -88,7 +88,7 @@ pub fn inside(plan: &Path) -> Result<u8> {
 }
 
 fn in_the_lab(plan: &Path) -> Result<Vec<Found>> {
-    let own = env::current_exe().context("Cannot tell where this program lies")?;
+    let own = build::own_program()?;
     let lab = lab::Lab {
         count_instructions: true,
         processors: 1,
