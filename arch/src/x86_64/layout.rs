@@ -7,7 +7,7 @@
 //!       0x7000 | zero page (Linux boot_params)  |  at boot; the kernel copies what it needs
 //!       0x9000 | page tables (64-bit entry)     |
 //!      0x20000 | command line (64 KiB)          |
-//!      0x9fc00 | EBDA, video and ROM holes      |  not offered as RAM
+//!      0x9fc00 | multiprocessor table, holes    |  not offered as RAM
 //!      0xe0000 | ACPI tables, RSDP first        |  128 KiB, offered as ACPI data
 //!     0x100000 +--------------------------------+
 //!              | RAM: kernel at the bottom,     |

@@ -5,6 +5,7 @@ pub mod boot;
 pub mod cpuid;
 pub mod irqchip;
 pub mod layout;
+mod mptable;
 pub mod msr;
 pub mod regs;
 pub mod state;

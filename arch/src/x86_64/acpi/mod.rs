@@ -32,7 +32,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use super::layout;
+use super::{layout, mptable};
 
 /// The sleep type of "power off" in the `_S5` object.
 pub const POWER_OFF_SLEEP_TYPE: u8 = 5;
@@ -171,7 +171,8 @@ const OEM: [u8; 6] = *b"NACELL";
 const OEM_TABLE: [u8; 8] = *b"NACELLE ";
 const OEM_REVISION: u32 = 1;
 
-/// Writes the tables into guest memory and returns the address of the RSDP.
+/// Writes the tables into guest memory and returns the address of the RSDP. The older
+/// multiprocessor table is written too, in its own place.
 ///
 /// # Errors
 /// See [`AcpiError`].
@@ -182,6 +183,8 @@ pub fn write<M: GuestMemoryBackend>(memory: &M, machine: &Description<'_>) -> Re
         return Err(AcpiError::TooLong { have: bytes.len(), room });
     }
     memory.write_slice(&bytes, GuestAddress(layout::ACPI.start))?;
+    // The older table, so that it is found where Linux looks early.
+    mptable::write(memory, machine.vcpus)?;
     Ok(layout::ACPI.start)
 }
 
