@@ -105,14 +105,14 @@ fn disks_keep_what_is_written(kernel: Kernel, transport: Transport, engines: [Io
     let ended = setup.start().succeed();
 
     ended.is("serials", "first a_name_longer_than_a direct");
-    ended.is("sizes", format!("{} {} {}", 8 << 11, 16 << 11, 4 << 11));
+    ended.is("sizes", &format!("{} {} {}", 8 << 11, 16 << 11, 4 << 11));
     ended.is("read-only", "1 0");
     ended.is("caches", "write through, write back");
-    ended.is("queues", QUEUES);
+    ended.is("queues", &QUEUES);
     check_read_only_disk(&ended, &first, &a);
     check_written_disk(&ended, &before, blocks, &b);
-    ended.is("sum-c", sha256(&third));
-    ended.is("new-c", ended.fact("sum-0"));
+    ended.is("sum-c", &sha256(&third));
+    ended.is("new-c", &ended.fact("sum-0"));
     drop(device);
     let now = fs::read(&c).unwrap();
     assert_eq!(sha256(&now[..2 * MIB]), ended.fact("sum-0"), "what was written without cache is not there");
@@ -120,7 +120,7 @@ fn disks_keep_what_is_written(kernel: Kernel, transport: Transport, engines: [Io
 }
 
 fn check_read_only_disk(ended: &Ended, data: &[u8], file: &Path) {
-    ended.is("sum-a", sha256(data));
+    ended.is("sum-a", &sha256(data));
     ended.is("write", "refused");
     assert!(fs::read(file).unwrap() == data, "a read-only disk has changed");
     assert_eq!(ended.counter("first", "writes"), 0);
@@ -130,11 +130,11 @@ fn check_read_only_disk(ended: &Ended, data: &[u8], file: &Path) {
 fn check_written_disk(ended: &Ended, before: &[u8], blocks: u64, file: &Path) {
     const NAME: &str = "a_name_longer_than_a_serial_number";
     let now = fs::read(file).unwrap();
-    ended.is("again-b", ended.fact("sum-b"));
+    ended.is("again-b", &ended.fact("sum-b"));
     assert_eq!(sha256(&now[..8 * MIB]), ended.fact("sum-b"), "what was written is not in the file");
     assert!(now[8 * MIB..10 * MIB] == before[8 * MIB..10 * MIB], "what nobody wrote has changed");
     assert!(now[10 * MIB..14 * MIB].iter().all(|byte| *byte == 0), "what was discarded is not zero");
-    ended.is("discarded-b", sha256(&now[10 * MIB..14 * MIB]));
+    ended.is("discarded-b", &sha256(&now[10 * MIB..14 * MIB]));
     assert!(now[14 * MIB..] == before[14 * MIB..], "what lies behind the discarded has changed");
     assert!(ended.counter(NAME, "flushes") >= 1 && ended.counter(NAME, "discards") >= 1, "{}", ended.log);
     assert_eq!(ended.counter(NAME, "errors"), 0);
@@ -192,7 +192,7 @@ fn a_disk_that_loses_its_end_fails_reads_there_and_the_machine_goes_on() {
     vm.say("go");
     let ended = vm.succeed();
     ended.is("end", "failed");
-    ended.is("start", sha256(&data[..4096]));
+    ended.is("start", &sha256(&data[..4096]));
     let mut start = [1; 4096];
     File::open(&path).unwrap().read_exact_at(&mut start, 0).unwrap();
     assert_eq!(start, [0; 4096]);

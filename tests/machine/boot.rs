@@ -75,11 +75,11 @@ fn a_stock_bzimage_boots_over_mmio_and_switches_itself_off() {
         .script(format!("{SURVEY}\nfact rng $(cat /sys/class/misc/hw_random/rng_current)"));
     setup.spec.entropy = Some(Entropy::default());
     let ended = setup.start().succeed();
-    ended.is("cpus", 1);
+    ended.is("cpus", &1);
     ended.is("online", "0");
     ended.is("clock", "kvm-clock");
     ended.is("rng", "virtio_rng.0");
-    ended.is("loader", LOADER_LINUX);
+    ended.is("loader", &LOADER_LINUX);
     assert!(ended.fact("bus").contains("LNRO0005"), "{}", ended.fact("bus"));
     let line = ended.part("cmdline");
     assert!(line.contains(" nacelle.test=a-b,c ") && line.trim().ends_with("pci=off"), "{line}");
@@ -100,11 +100,11 @@ fn a_stock_bzimage_boots_over_pci_with_threads_and_reboots_by_the_keyboard_contr
     let ended = setup.start().wait();
     assert_eq!(ended.code, 0, "{}", ended.log);
     ended.says("The guest asked for a reset");
-    ended.is("cpus", 4);
-    ended.is("cores", 2);
+    ended.is("cpus", &4);
+    ended.is("cores", &2);
     ended.is("siblings", "0-1");
-    ended.is("package", 0);
-    ended.is("x2apic", 4);
+    ended.is("package", &0);
+    ended.is("x2apic", &4);
     assert!(ended.fact("bus").contains("/pci0000:00/"), "{}", ended.fact("bus"));
     assert!(!ended.part("cmdline").contains("pci=off"));
     assert_eq!(fs::read_to_string(&console).unwrap().replace('\r', ""), "through the virtio console\n");
@@ -132,8 +132,8 @@ fn an_elf_kernel_with_5_gib_uses_memory_above_the_gap_and_resets_by_acpi() {
         .wait();
     assert_eq!(ended.code, 0, "{}", ended.log);
     ended.says("The guest asked for a reset");
-    ended.is("loader", LOADER_LINUX);
-    ended.is("cores", 2);
+    ended.is("loader", &LOADER_LINUX);
+    ended.is("cores", &2);
     assert!((4700..=5120).contains(&ended.number("memory")), "{} MiB", ended.number("memory"));
     assert!(ended.part("ram").contains("100000000-"), "{}", ended.part("ram"));
     // Pages of 4 KiB; Linux takes the memory above 4 GiB first.
@@ -150,8 +150,8 @@ fn an_elf_kernel_is_entered_by_pvh_and_its_panic_ends_the_machine() {
         .wait();
     assert_eq!(ended.code, 0, "{}", ended.log);
     ended.says("The guest asked for a reset");
-    ended.is("loader", LOADER_PVH);
-    ended.is("cpus", 1);
+    ended.is("loader", &LOADER_PVH);
+    ended.is("cpus", &1);
     assert!(ended.console.contains("Kernel panic - not syncing: sysrq triggered crash"));
     is_untroubled(&ended);
 }
@@ -175,10 +175,10 @@ fn sixty_four_vcpus_are_there_and_a_triple_fault_ends_the_machine() {
         .wait();
     assert_eq!(ended.code, 0, "{}", ended.log);
     ended.says("The guest ended by a triple fault");
-    ended.is("cpus", 3);
+    ended.is("cpus", &3);
     ended.is("present", "0-63");
-    ended.is("last", 63);
-    ended.is("siblings", 0);
+    ended.is("last", &63);
+    ended.is("siblings", &0);
     is_untroubled(&ended);
 }
 

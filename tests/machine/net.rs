@@ -131,12 +131,12 @@ fn packets_pass_both_ways(kernel: Kernel, transport: Transport, net: u8, mtu: u1
     let taken = up.join().unwrap();
     vm.say("done");
     let ended = vm.succeed();
-    ended.is("mac", mac);
-    ended.is("mtu", mtu);
-    ended.is("queues", queues);
+    ended.is("mac", &mac);
+    ended.is("mtu", &mtu);
+    ended.is("queues", &queues);
     ended.is("ping", "answered");
-    ended.is("errors", 0);
-    ended.is("sum-down", sha256(&sent));
+    ended.is("errors", &0);
+    ended.is("sum-down", &sha256(&sent));
     assert_eq!(down.join().unwrap(), b"");
     assert_eq!(sha256(&taken), ended.fact("sum-up"), "what the guest sent came otherwise");
     assert!(page == taken, "what was fetched from the guest came otherwise");

@@ -250,7 +250,7 @@ impl Ended {
 
     /// Checks a fact.
     #[track_caller]
-    pub fn is(&self, name: &str, expected: impl ToString) {
+    pub fn is(&self, name: &str, expected: &(impl ToString + ?Sized)) {
         let (found, expected) = (self.fact(name), expected.to_string());
         if found != expected {
             self.fail(&format!("{name:?} is {found:?} in the guest; {expected:?} was expected"));
