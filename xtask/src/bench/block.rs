@@ -43,6 +43,7 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
             _ => figure,
         });
     }
+    report.notes.extend(machine::caveat());
     report.programs.push(Program {
         name: "nacelle".to_owned(),
         version: report::version(&bench.nacelle),

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::Arguments;
-use crate::{build, progress};
+use crate::{build, host, progress};
 
 /// Where the first virtio device's registers are: the second page of the window.
 const FIRST_DEVICE: u64 = 0xc000_1000;
@@ -119,6 +119,15 @@ fn counters_of(text: &str) -> HashMap<String, f64> {
     text.lines().filter_map(counter).collect()
 }
 
+/// What distorts figures of a guest on this host, if anything does.
+pub fn caveat() -> Option<String> {
+    (!host::has_hardware_virtualization()).then(|| {
+        "This host emulates what leaves the guest: a doorbell costs some hundred microseconds here, so \
+         figures with one request at a time say little about the monitor."
+            .to_owned()
+    })
+}
+
 /// Builds the guest.
 fn payload() -> Result<PathBuf> {
     let source = build::repository().join("tests/payload");
@@ -152,7 +161,7 @@ impl Tap {
     /// Makes one, up, with a name of this process.
     pub fn new() -> Result<Self> {
         let tap = Tap(format!("nacb{}", std::process::id()));
-        let ip = |words: &str| crate::host::run(Command::new("ip").args(words.split(' ')));
+        let ip = |words: &str| host::run(Command::new("ip").args(words.split(' ')));
         ip(&format!("tuntap add dev {} mode tap vnet_hdr", tap.0))?;
         ip(&format!("link set dev {} up", tap.0))?;
         Ok(tap)

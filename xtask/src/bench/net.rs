@@ -45,6 +45,7 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
             .beside("write loop", report::median(&native) / 1e3)
             .target(Target::RatioAtLeast(0.8)),
     );
+    report.notes.extend(machine::caveat());
     report.programs.push(Program {
         name: "nacelle".to_owned(),
         version: report::version(&bench.nacelle),

@@ -52,6 +52,7 @@ pub fn run(arguments: &Arguments) -> Result<Report> {
     row("round trip of one byte", "us", |run| run.trip);
     row("guest to host", "MiB/s", |run| run.out);
     row("host to guest", "MiB/s", |run| run.back);
+    report.notes.extend(machine::caveat());
     report.programs.push(Program {
         name: "nacelle".to_owned(),
         version: report::version(&bench.nacelle),
