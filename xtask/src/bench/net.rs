@@ -25,7 +25,8 @@ const FRAME: usize = 65_000;
 const HEADER: usize = 12;
 const DURATION: Duration = Duration::from_secs(1);
 const LIMIT: Duration = Duration::from_secs(30);
-const DEPTH: u32 = 32;
+/// Frames in flight.
+const DEPTH: u32 = 100;
 /// IEEE 802 local experimental Ethernet type 1.
 const TYPE: [u8; 2] = [0x88, 0xb5];
 
