@@ -81,7 +81,7 @@ struct LabArguments {
     #[arg(short, value_name = "MB", default_value_t = 4096)]
     memory: u32,
     /// Processors of the machine
-    #[arg(short, value_name = "CPUS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(short, value_name = "CPUS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
     /// Count instructions: one processor whose clock is driven by them, so that times repeat
     #[arg(short)]
