@@ -217,6 +217,16 @@ pub fn run(command: &mut Command) -> Result<Vec<u8>> {
     bail!("{name} failed ({}):\n{end}", output.status)
 }
 
+/// Ends this process (SIGTERM) when the one that started it has ended, so that a run that is
+/// killed from outside, not by Ctrl-C, leaves nothing running. Used after fork and at start.
+pub fn end_with_parent() -> io::Result<()> {
+    // SAFETY: constants only; async-signal-safe.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The code a shell would give for a program's end: its own, or 128+signal.
 pub fn exit_code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));

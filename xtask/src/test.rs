@@ -15,6 +15,7 @@
 //! `NACELLE_TEST_IMAGE` (an OCI layout with busybox).
 
 use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -55,6 +56,8 @@ pub fn run(filter: &[OsString]) -> Result<u8> {
 }
 
 fn command_passes(command: &mut Command) -> bool {
+    // SAFETY: between fork and exec one system call is made.
+    unsafe { command.pre_exec(host::end_with_parent) };
     match command.status() {
         Ok(status) => status.success(),
         Err(error) => {

@@ -182,6 +182,7 @@ pub fn variable(argument: &str) -> Option<(OsString, OsString)> {
 /// Runs `command` in the lab for a cargo runner: a test binary with its arguments, standing in
 /// its package.
 pub fn run_test(command: &[OsString]) -> Result<u8> {
+    host::end_with_parent()?;
     let lab = Lab {
         memory_mib: host::spare_memory_mib().min(9216),
         time_limit: Some(TEST_TIME_LIMIT),
