@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// The longest that a machine of a test may live. The lab is slow, and two tests share it.
-const LIFE_SECONDS: u64 = 240;
+const LIFE_SECONDS: u64 = 200;
 
 /// What every guest gets, beside the way to reboot.
 const BOOT_ARGS: &str = "console=ttyS0 quiet panic=-1";
