@@ -207,7 +207,7 @@ pub fn run_test(command: &[OsString]) -> Result<u8> {
 const TEST_REPEATS: u32 = 2;
 
 /// The longest that one test binary may take in the lab.
-const TEST_TIME_LIMIT: Duration = Duration::from_secs(40 * 60);
+const TEST_TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// Makes sure that the lab can start, so that the first run does not seem to hang.
 pub fn prepare() -> Result<()> {
