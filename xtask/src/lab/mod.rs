@@ -101,9 +101,7 @@ impl Default for Lab {
     fn default() -> Self {
         Self {
             memory_mib: 4096,
-            // With several, guests of several vCPUs, and once the lab's own kernel, were seen to
-            // die at random: the emulator's threads and its nested virtualization do not go
-            // together. One processor was never seen to fail.
+            // All of them run on one processor of the host, see `machine`.
             processors: 1,
             count_instructions: false,
             writable: Vec::new(),
@@ -188,23 +186,8 @@ pub fn run_test(command: &[OsString]) -> Result<u8> {
         time_limit: Some(TEST_TIME_LIMIT),
         ..Lab::default()
     };
-    let mut left = TEST_REPEATS;
-    loop {
-        let code = lab.run_with(command, &mut Streams::OutputOnly)?.code;
-        if code == 0 || left == 0 {
-            return Ok(code);
-        }
-        eprintln!(
-            "lab: these tests failed with code {code}. The emulation loses a guest now and then, so \
-             they are run once more; what fails each time is a failure ({left} repeats left)."
-        );
-        left -= 1;
-    }
+    lab.run_with(command, &mut Streams::OutputOnly).map(|outcome| outcome.code)
 }
-
-/// How often a test binary that failed is run again. Guests with several vCPUs were seen to stop
-/// at random in the emulation, about once in a hundred machines; a fault of ours comes back.
-const TEST_REPEATS: u32 = 2;
 
 /// The longest that one test binary may take in the lab.
 const TEST_TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
