@@ -18,6 +18,7 @@
 pub mod calendar;
 pub mod cli;
 pub mod controller;
+pub mod footprint;
 pub mod logger;
 pub mod metrics;
 pub mod phase;

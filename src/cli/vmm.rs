@@ -12,7 +12,7 @@ use api::{
 
 use crate::{
     controller::{Controller, Mailbox},
-    logger,
+    footprint, logger,
     metrics::{Milestone, Milestones},
     signals::{self, Signals},
     vm::{Ending, build, kvm},
@@ -134,6 +134,7 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
     }
     let mut controller = Controller::new(id.to_owned(), vm, mailbox, signals);
     controller.start()?;
+    footprint::give_back_program_text();
     let ending = controller.run().map_err(internal)?;
     controller.vm().finish_consoles();
     sockets.remove();
