@@ -46,7 +46,7 @@ use crate::{
     Memory,
     host::Host,
     state::Section,
-    virtio::{Active, Change, DeviceError, Interrupt, VirtioDevice, queue::Queue},
+    virtio::{Active, Change, DeviceError, Interrupt, Report, VirtioDevice, queue::Queue},
     worker::Worker,
 };
 
@@ -158,6 +158,9 @@ pub trait Transport: Send + Sync {
 
     /// Counters of device and transport, by name.
     fn counters(&self) -> Vec<(&'static str, u64)>;
+
+    /// What else the device says of itself.
+    fn report(&self) -> Report;
 }
 
 /// What a transport gives its core.
@@ -360,6 +363,11 @@ impl Core {
         let mut counters = self.device.counters();
         counters.push(("needs_reset", self.flags.resets_wanted.load(Ordering::Relaxed)));
         counters
+    }
+
+    /// What else the device says of itself.
+    pub fn report(&self) -> Report {
+        self.device.report()
     }
 
     fn kind(&self) -> &'static str {

@@ -26,7 +26,7 @@ use crate::{
     host::Host,
     state::Section,
     virtio::{
-        About, Change, DeviceError, Interrupt, VirtioDevice,
+        About, Change, DeviceError, Interrupt, Report, VirtioDevice,
         core::{Bells, Core, Flags, ISR_CONFIG, ISR_QUEUE, Location, Plug, Ring, Transport},
     },
     worker::Worker,
@@ -205,6 +205,9 @@ impl Transport for MmioTransport {
     }
     fn counters(&self) -> Vec<(&'static str, u64)> {
         self.core().counters()
+    }
+    fn report(&self) -> Report {
+        self.core().report()
     }
 }
 

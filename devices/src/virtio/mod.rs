@@ -18,14 +18,17 @@
 //!            start(Active)               stop() -> Vec<Queue>
 //! ```
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod core;
 #[doc(hidden)]
 pub mod driver;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 pub mod vsock;
@@ -36,6 +39,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     Memory,
+    limiter::LimiterConfig,
     state::{Section, StateError},
     virtio::queue::Queue,
     worker::Worker,
@@ -123,6 +127,41 @@ pub enum DeviceError {
 pub enum Change {
     /// Look at the backing file again: it grew, shrank, or was replaced by this path.
     Backing(Option<std::path::PathBuf>),
+    /// New limits for a device that has one limiter.
+    Limits(LimiterConfig),
+    /// New limits for a device that has one for each direction, seen from the guest.
+    DirectionLimits {
+        /// Towards the guest.
+        rx: LimiterConfig,
+        /// From the guest.
+        tx: LimiterConfig,
+    },
+    /// The balloon's new size, in MiB.
+    BalloonTarget(u32),
+    /// Seconds between two askings for the balloon's statistics; 0 stops them.
+    BalloonStatistics(u16),
+    /// A run of free page hinting begins; with the flag, the guest may use what it hinted
+    /// again as soon as the run is over.
+    HintingStart {
+        /// Acknowledge the guest's stop at once.
+        acknowledge_on_stop: bool,
+    },
+    /// The run of free page hinting ends.
+    HintingStop,
+    /// Bytes of pluggable memory that the guest should have.
+    MemoryRequested(u64),
+}
+
+/// What a device says of itself beyond counters; most say nothing.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Report {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// A balloon.
+    Balloon(balloon::BalloonReport),
+    /// Pluggable memory.
+    Memory(mem::MemoryReport),
 }
 
 /// The register half of a virtio device: what a transport needs of it.
@@ -169,6 +208,11 @@ pub trait VirtioDevice: Send {
     /// Counters for metrics, by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+
+    /// What else there is to say.
+    fn report(&self) -> Report {
+        Report::Nothing
     }
 }
 

@@ -41,7 +41,7 @@ use crate::{
     },
     state::Section,
     virtio::{
-        About, Change, DeviceError, VirtioDevice,
+        About, Change, DeviceError, Report, VirtioDevice,
         core::{Bells, Core, Flags, Location, Plug, Ring, Transport},
     },
     worker::Worker,
@@ -392,5 +392,8 @@ impl Transport for PciTransport {
     }
     fn counters(&self) -> Vec<(&'static str, u64)> {
         self.core().counters()
+    }
+    fn report(&self) -> Report {
+        self.core().report()
     }
 }

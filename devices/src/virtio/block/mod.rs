@@ -448,7 +448,9 @@ impl VirtioDevice for Block {
     }
 
     fn update(&mut self, change: &Change) -> Result<(), DeviceError> {
-        let Change::Backing(path) = change;
+        let Change::Backing(path) = change else {
+            return Err(DeviceError::Change(format!("A disk cannot be changed by {change:?}")));
+        };
         let disk = self
             .disk
             .reopen(path.as_deref())
