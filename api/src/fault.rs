@@ -13,6 +13,8 @@ pub enum FaultKind {
     NotFound,
     /// It is right, but not in this state of the machine.
     Conflict,
+    /// It is right, and larger than what is taken.
+    TooLarge,
     /// This build, host or machine cannot do it.
     Unsupported,
     /// Something failed here.

@@ -17,6 +17,7 @@
 mod control;
 mod fault;
 mod nearest;
+pub mod routes;
 pub mod spec;
 
 pub use control::{Control, MachineInfo, MachineState, Reply, Request};

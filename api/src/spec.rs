@@ -10,16 +10,29 @@
 //! [`Spec::check`] holds the rules that join parts; whether a file exists is found out by the
 //! builder, which opens it anyway.
 
+mod change;
 mod check;
+mod cpu;
 mod device;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
+pub use change::{
+    BalloonPatch, BalloonStatisticsPatch, DrivePatch, HintingStart, LoggerPatch, MachineConfigPatch,
+    MemoryHotplugPatch, NetworkInterfacePatch, PmemPatch,
+};
+pub use cpu::{
+    Bitmap, CpuConfig, CpuSource, CpuidModifier, CpuidRegister, KvmCapability, MsrModifier, NamedTemplate,
+    RegisterModifier,
+};
 pub use device::{
-    CacheType, Console, ConsoleMode, Drive, Entropy, IoEngine, NetworkInterface, RateLimiter, Serial,
-    TokenBucket, Vsock,
+    Balloon, CacheType, Console, ConsoleMode, Drive, Entropy, IoEngine, MemoryHotplug, MmdsConfig,
+    MmdsVersion, NetworkInterface, Pmem, RateLimiter, Serial, TokenBucket, Vsock,
 };
 
 use crate::{Fault, FaultKind, explain_json};
@@ -36,15 +49,18 @@ pub const DEFAULT_BOOT_ARGS: &str =
     "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
 
 /// A whole machine.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
-    /// What to boot.
-    #[serde(rename = "boot-source")]
+    /// What to boot. Without a kernel the machine cannot start; it may be set later.
+    #[serde(rename = "boot-source", default)]
     pub boot_source: BootSource,
     /// vCPUs and memory.
     #[serde(rename = "machine-config", default)]
     pub machine_config: MachineConfig,
+    /// What the processors show; comes before a template of `machine-config` that has a name.
+    #[serde(rename = "cpu-config", default, skip_serializing_if = "Option::is_none")]
+    pub cpu_config: Option<CpuSource>,
     /// Disks, in the order the guest finds them, except that the root device comes first.
     #[serde(default)]
     pub drives: Vec<Drive>,
@@ -66,10 +82,25 @@ pub struct Spec {
     /// The log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logger: Option<Logger>,
+    /// Where metrics go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
+    /// The memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// Files mapped into the guest as persistent memory.
+    #[serde(default)]
+    pub pmem: Vec<Pmem>,
+    /// Memory that can be added and taken away while the machine runs.
+    #[serde(rename = "memory-hotplug", default, skip_serializing_if = "Option::is_none")]
+    pub memory_hotplug: Option<MemoryHotplug>,
+    /// The metadata service.
+    #[serde(rename = "mmds-config", default, skip_serializing_if = "Option::is_none")]
+    pub mmds_config: Option<MmdsConfig>,
 }
 
 /// What to boot.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// The kernel: an ELF `vmlinux` or a `bzImage`.
@@ -116,6 +147,9 @@ pub struct MachineConfig {
     /// Show two threads per core; needs an even number of vCPUs (or one).
     #[serde(default)]
     pub smt: bool,
+    /// What the processors show, by name. Deprecated in favour of `cpu-config`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<NamedTemplate>,
     /// Record the pages that are written, for differential snapshots.
     #[serde(default)]
     pub track_dirty_pages: bool,
@@ -123,10 +157,10 @@ pub struct MachineConfig {
     #[serde(default)]
     pub huge_pages: HugePages,
     /// Touch all memory before the guest runs. *Ours.*
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub prefault: bool,
     /// How virtio devices are attached. *Ours.*
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub transport: Transport,
 }
 
@@ -136,6 +170,7 @@ impl Default for MachineConfig {
             vcpu_count: 1,
             mem_size_mib: 128,
             smt: false,
+            cpu_template: None,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
             prefault: false,
@@ -186,6 +221,26 @@ pub struct Logger {
     /// Only lines of this module path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
+}
+
+/// Where metrics go: one JSON object a line, every minute and when asked.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    /// File or named pipe.
+    pub metrics_path: PathBuf,
+    /// Put the machine's id into each line.
+    #[serde(default)]
+    pub emit_id: bool,
+    /// Put these into each line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub properties: Option<BTreeMap<String, String>>,
+}
+
+/// Whether a field has its default value; fields that are *ours* are then left out of answers,
+/// so that strict readers of Firecracker's format see only what they know.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Spec {

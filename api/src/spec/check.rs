@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::{ConsoleMode, HugePages, MEMORY_MIN_MIB, Spec, VCPUS_MAX};
+use super::{ConsoleMode, CpuSource, HugePages, MEMORY_MIN_MIB, NamedTemplate, Spec, VCPUS_MAX};
 use crate::{Fault, FaultKind};
 
 /// Longest path of a unix socket, without its final zero byte (unix(7)).
@@ -13,14 +13,27 @@ fn wrong(message: impl Into<String>) -> Fault {
 }
 
 impl Spec {
-    /// Checks every rule that needs no look at the host. The first broken one is named.
+    /// Checks every rule that needs no look at the host, for a machine that is to start. The
+    /// first broken one is named.
     pub fn check(&self) -> Result<(), Fault> {
+        if self.boot_source.kernel_image_path.as_os_str().is_empty() {
+            return Err(wrong("There is no kernel to boot; set kernel_image_path of the boot-source"));
+        }
+        self.check_parts()
+    }
+
+    /// The same for a machine that is still being put together.
+    pub fn check_parts(&self) -> Result<(), Fault> {
         self.check_machine()?;
+        self.check_processors()?;
         self.check_names()?;
         self.check_drives()?;
         self.check_network()?;
         self.check_consoles()?;
         self.check_limits()?;
+        self.check_balloon()?;
+        self.check_memory_hotplug()?;
+        self.check_mmds()?;
         let Some(vsock) = &self.vsock else { return Ok(()) };
         if vsock.guest_cid < 3 || vsock.guest_cid == u32::MAX {
             let cid = vsock.guest_cid;
@@ -50,11 +63,22 @@ impl Spec {
         Ok(())
     }
 
+    fn check_processors(&self) -> Result<(), Fault> {
+        if self.machine_config.cpu_template == Some(NamedTemplate::V1N1) {
+            return Err(wrong("cpu_template is V1N1, which is for Arm processors; this host is an x86_64"));
+        }
+        match &self.cpu_config {
+            Some(CpuSource::Here(config)) => config.check(),
+            _ => Ok(()),
+        }
+    }
+
     fn check_names(&self) -> Result<(), Fault> {
         let drives = self.drives.iter().map(|d| ("drive_id", &d.drive_id));
         let interfaces = self.network_interfaces.iter().map(|n| ("iface_id", &n.iface_id));
+        let pmem = self.pmem.iter().map(|p| ("pmem id", &p.id));
         let mut seen = HashSet::new();
-        for (field, id) in drives.chain(interfaces) {
+        for (field, id) in drives.chain(interfaces).chain(pmem) {
             let fine = |c: char| c.is_ascii_alphanumeric() || c == '_';
             if id.is_empty() || id.len() > 64 || !id.chars().all(fine) {
                 let rule = "it must be 1 to 64 letters, digits and underscores";
@@ -68,7 +92,9 @@ impl Spec {
     }
 
     fn check_drives(&self) -> Result<(), Fault> {
-        let roots: Vec<_> = self.drives.iter().filter(|d| d.is_root_device).map(|d| &d.drive_id).collect();
+        let drives = self.drives.iter().filter(|d| d.is_root_device).map(|d| &d.drive_id);
+        let pmem = self.pmem.iter().filter(|p| p.root_device).map(|p| &p.id);
+        let roots: Vec<_> = drives.chain(pmem).collect();
         if let [first, second, ..] = roots[..] {
             return Err(wrong(format!(
                 "Drives {first:?} and {second:?} both are root devices; only one may be"
@@ -88,6 +114,54 @@ impl Spec {
             }
         }
         Ok(())
+    }
+
+    fn check_balloon(&self) -> Result<(), Fault> {
+        let Some(balloon) = &self.balloon else { return Ok(()) };
+        let (amount, memory) = (u64::from(balloon.amount_mib), self.machine_config.mem_size_mib);
+        if amount > memory {
+            return Err(wrong(format!(
+                "The balloon's amount_mib is {amount}; the machine has {memory} MiB of memory"
+            )));
+        }
+        Ok(())
+    }
+
+    fn check_memory_hotplug(&self) -> Result<(), Fault> {
+        let Some(memory) = &self.memory_hotplug else { return Ok(()) };
+        let (total, block, slot) = (memory.total_size_mib, memory.block_size_mib, memory.slot_size_mib);
+        let of = |field: &str, value: u32, rule: String| {
+            Err(wrong(format!("{field} of memory-hotplug is {value}; it must be {rule}")))
+        };
+        if block < 2 || !block.is_power_of_two() {
+            return of("block_size_mib", block, "a power of two, at least 2".to_owned());
+        }
+        if slot < 128 || !slot.is_multiple_of(block) {
+            return of("slot_size_mib", slot, format!("at least 128 and a multiple of {block}"));
+        }
+        if total < slot || !total.is_multiple_of(slot) {
+            return of("total_size_mib", total, format!("at least {slot} and a multiple of it"));
+        }
+        Ok(())
+    }
+
+    fn check_mmds(&self) -> Result<(), Fault> {
+        let Some(mmds) = &self.mmds_config else { return Ok(()) };
+        if mmds.network_interfaces.is_empty() {
+            return Err(wrong("mmds-config names no network interface; it must name at least one"));
+        }
+        let known = |id: &&String| self.network_interfaces.iter().any(|n| n.iface_id == **id);
+        if let Some(unknown) = mmds.network_interfaces.iter().find(|id| !known(id)) {
+            return Err(wrong(format!(
+                "mmds-config names the network interface {unknown:?}, which the machine does not have"
+            )));
+        }
+        match mmds.ipv4_address {
+            Some(address) if !address.is_link_local() => Err(wrong(format!(
+                "The ipv4_address of mmds-config is {address}; it must lie in 169.254.0.0/16"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn check_network(&self) -> Result<(), Fault> {

@@ -1,8 +1,10 @@
 //! The devices of a specification.
 
-use std::path::PathBuf;
+use std::{net::Ipv4Addr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+use super::is_default;
 
 /// When a write counts as done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -76,16 +78,16 @@ pub struct Drive {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
     /// Bypass the host's page cache. *Ours.*
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub direct: bool,
     /// Offer discard, which punches holes into the file. *Ours.*
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub discard: bool,
     /// Number of queues, 1 to 64. *Ours.*
-    #[serde(default = "one")]
+    #[serde(default = "one", skip_serializing_if = "is_one")]
     pub num_queues: u16,
     /// Descriptors in each queue, a power of two up to 1024. *Ours.*
-    #[serde(default = "queue_size")]
+    #[serde(default = "queue_size", skip_serializing_if = "is_queue_size")]
     pub queue_size: u16,
 }
 
@@ -114,7 +116,7 @@ pub struct NetworkInterface {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_rate_limiter: Option<RateLimiter>,
     /// Pairs of queues, 1 to 16. *Ours.*
-    #[serde(default = "one")]
+    #[serde(default = "one", skip_serializing_if = "is_one")]
     pub num_queue_pairs: u16,
 }
 
@@ -184,8 +186,104 @@ pub struct Console {
     pub path: Option<PathBuf>,
 }
 
+/// The memory balloon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    /// Memory to take from the guest, in MiB.
+    pub amount_mib: u32,
+    /// Give pages back when the guest runs out of memory.
+    pub deflate_on_oom: bool,
+    /// Seconds between two askings for statistics; 0 for none.
+    #[serde(default)]
+    pub stats_polling_interval_s: u16,
+    /// Offer runs of free page hinting.
+    #[serde(default)]
+    pub free_page_hinting: bool,
+    /// Let the guest report free pages by itself.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+
+/// A file mapped into the guest as persistent memory.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pmem {
+    /// Name, of letters, digits and underscores.
+    pub id: String,
+    /// The file.
+    pub path_on_host: PathBuf,
+    /// The guest's root file system is on it.
+    #[serde(default)]
+    pub root_device: bool,
+    /// Refuse writes, in the monitor.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Limits of flushes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// Memory that can be added and taken away while the machine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryHotplug {
+    /// Most memory that can be added, in MiB; a multiple of `slot_size_mib`.
+    pub total_size_mib: u32,
+    /// What the guest takes and gives at a time, in MiB; a power of two, at least 2.
+    #[serde(default = "block_size_mib")]
+    pub block_size_mib: u32,
+    /// What the host takes and gives at a time, in MiB; at least 128, a multiple of
+    /// `block_size_mib`.
+    #[serde(default = "slot_size_mib")]
+    pub slot_size_mib: u32,
+}
+
+/// How the metadata service is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum MmdsVersion {
+    /// By plain requests. Deprecated.
+    #[default]
+    V1,
+    /// With a session token.
+    V2,
+}
+
+/// The metadata service that a guest reaches through its network interfaces.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MmdsConfig {
+    /// How it is asked.
+    #[serde(default)]
+    pub version: MmdsVersion,
+    /// The interfaces it is reached through.
+    pub network_interfaces: Vec<String>,
+    /// Its address, link-local; 169.254.169.254 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv4_address: Option<Ipv4Addr>,
+    /// Answer as EC2's service does, whatever the request accepts.
+    #[serde(default)]
+    pub imds_compat: bool,
+}
+
+fn block_size_mib() -> u32 {
+    2
+}
+
+fn slot_size_mib() -> u32 {
+    128
+}
+
 fn one() -> u16 {
     1
+}
+
+fn is_one(value: &u16) -> bool {
+    *value == one()
+}
+
+fn is_queue_size(value: &u16) -> bool {
+    *value == queue_size()
 }
 
 fn queue_size() -> u16 {
