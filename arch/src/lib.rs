@@ -10,8 +10,10 @@
 //!   boot     kernel + initrd + command line -> guest memory, and the state to enter it with
 //!   acpi     what the machine has -> firmware tables in guest memory
 //!   cpuid    what KVM offers -> what each vCPU shows        msr, regs   first register values
+//!   template changes to that and to MSRs, as a machine's description asks for
 //!   irqchip  interrupt controllers and guest clock: save, load
 //!   state    one vCPU: save, load, bytes
+//!   coredump memory and registers -> a file that debuggers open
 //! ```
 //!
 //! **What a processor must offer.** One processor is compiled in; its module is re-exported
@@ -37,7 +39,7 @@ pub mod kernel;
 pub mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{acpi, boot, cpuid, irqchip, layout, msr, regs, state};
+pub use x86_64::{acpi, boot, coredump, cpuid, irqchip, layout, msr, regs, state, template};
 
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("nacelle runs on x86_64 only so far: a processor is a folder beside src/x86_64");

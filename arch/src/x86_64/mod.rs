@@ -2,6 +2,7 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod coredump;
 pub mod cpuid;
 pub mod irqchip;
 pub mod layout;
@@ -9,3 +10,4 @@ mod mptable;
 pub mod msr;
 pub mod regs;
 pub mod state;
+pub mod template;

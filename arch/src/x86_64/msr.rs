@@ -21,6 +21,9 @@ pub const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// The local APIC timer's deadline.
 pub const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
+/// The GS base that SWAPGS exchanges.
+pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
+
 /// Fast strings on (without the bit, Linux does without REP MOVSB on Intel); branch trace store
 /// and PEBS unavailable, as KVM's own reset value has it.
 const MISC_ENABLE_VALUE: u64 = 1 | 1 << 11 | 1 << 12;

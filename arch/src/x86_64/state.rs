@@ -32,7 +32,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::msr;
+use super::{coredump::Registers, msr};
 
 const MAGIC: [u8; 4] = *b"NvCP";
 /// The version this monitor writes, and the only one it reads.
@@ -203,6 +203,13 @@ impl VcpuState {
     #[must_use]
     pub fn cpuid(&self) -> &[kvm_cpuid_entry2] {
         &self.cpuid
+    }
+
+    /// What a debugger wants to see.
+    #[must_use]
+    pub fn registers(&self) -> Registers {
+        let kernel_gs_base = self.msrs.iter().find(|m| m.index == msr::KERNEL_GS_BASE).map_or(0, |m| m.data);
+        Registers { regs: self.regs, sregs: self.sregs, kernel_gs_base }
     }
 
     /// TSC frequency in kHz the guest was told, 0 where the host had none to tell.

@@ -1,8 +1,8 @@
 //! CPUID: what KVM can do, turned into a processor that makes sense.
 //!
 //! ```text
-//!   KVM_GET_SUPPORTED_CPUID --normalise--> Cpuid --(templates: entry_mut)--> for_vcpu(i) -> CpuId
-//!                             once a machine        later, one function        each vCPU
+//!   KVM_GET_SUPPORTED_CPUID --normalise--> Cpuid --(super::template)--> for_vcpu(i) -> CpuId
+//!                             once a machine         if asked for          each vCPU
 //! ```
 //!
 //! KVM's table describes the host thread that asked: its cache sharing, its APIC id, its number
@@ -172,12 +172,7 @@ impl Cpuid {
         }
         table.vendor = table.read_vendor();
         table.set_features(config);
-        table.set_basic_topology();
-        match table.vendor {
-            Vendor::Intel => table.set_intel_caches(),
-            Vendor::Amd => table.set_amd_topology(host),
-        }
-        table.set_extended_topology();
+        table.set_topology(host);
         table.set_hypervisor(config);
         table.set_brand();
         // What is not in the table reads as zero, and KVM looks through the table at every
@@ -208,10 +203,23 @@ impl Cpuid {
         self.entries.iter().find(|e| e.function == leaf && e.index == subleaf)
     }
 
-    /// One entry to change: this is where a CPU template works.
+    /// One entry to change; [`super::template`] is where that is done.
     #[must_use]
     pub fn entry_mut(&mut self, leaf: u32, subleaf: u32) -> Option<&mut kvm_cpuid_entry2> {
         self.entries.iter_mut().find(|e| e.function == leaf && e.index == subleaf)
+    }
+
+    /// Replaces the entry with this leaf and subleaf, or adds it.
+    pub fn set_entry(&mut self, entry: kvm_cpuid_entry2) {
+        match self.entry_mut(entry.function, entry.index) {
+            Some(place) => *place = entry,
+            None => self.entries.push(entry),
+        }
+    }
+
+    /// Puts right again what follows from the machine's vCPUs and not from its processor.
+    pub fn restore_topology(&mut self) {
+        self.set_topology(&host_leaf);
     }
 
     /// All entries, in KVM's order.
@@ -266,10 +274,7 @@ impl Cpuid {
             edx,
             ..Default::default()
         };
-        match self.entry_mut(leaf, subleaf) {
-            Some(entry) => *entry = fresh,
-            None => self.entries.push(fresh),
-        }
+        self.set_entry(fresh);
     }
 
     fn remove(&mut self, leaves: &[u32]) {
@@ -320,6 +325,15 @@ impl Cpuid {
         if !config.nested {
             self.remove(&[0x8000_000a]);
         }
+    }
+
+    fn set_topology(&mut self, host: &dyn Fn(u32, u32) -> [u32; 4]) {
+        self.set_basic_topology();
+        match self.vendor {
+            Vendor::Intel => self.set_intel_caches(),
+            Vendor::Amd => self.set_amd_topology(host),
+        }
+        self.set_extended_topology();
     }
 
     fn set_basic_topology(&mut self) {
