@@ -22,6 +22,7 @@ pub mod footprint;
 pub mod logger;
 pub mod metrics;
 pub mod phase;
+pub mod server;
 pub mod signals;
 pub mod vcpu;
 pub mod vm;

@@ -14,8 +14,13 @@
 //! [`Control`] is the one door to a running machine. The HTTP server, the command line and
 //! the tests all stand in front of it.
 
+/// The version of Firecracker whose API this is, as `GET /version` and `--version` tell it to
+/// programs that ask what they may send.
+pub const FIRECRACKER_VERSION: &str = "1.17.0";
+
 mod control;
 mod fault;
+pub mod http;
 mod nearest;
 pub mod routes;
 pub mod spec;

@@ -212,9 +212,10 @@ impl Parser {
             fields.note(header)?;
         }
         let length = fields.length.unwrap_or(0);
-        let length = usize::try_from(length).ok().filter(|l| *l <= self.max_body).ok_or(
-            BadRequest::BodyTooLarge { length, limit: self.max_body },
-        )?;
+        let length = usize::try_from(length)
+            .ok()
+            .filter(|l| *l <= self.max_body)
+            .ok_or(BadRequest::BodyTooLarge { length, limit: self.max_body })?;
         self.expects = fields.expects && length > 0 && version == Version::Http11;
         let keep_alive = !fields.close && (fields.keep_alive || version == Version::Http11);
         let method = Method::named(request.method.unwrap_or_default());
