@@ -107,6 +107,14 @@ impl StateShape {
             nested,
         })
     }
+
+    /// The same, with further MSRs: those that a CPU template changed, which KVM need not list.
+    #[must_use]
+    pub fn with_msrs(mut self, indices: &[u32]) -> Self {
+        self.msrs.extend(indices);
+        self.msrs = msr::to_save(&self.msrs, self.nested);
+        self
+    }
 }
 
 /// A vCPU that does not run.
