@@ -6,6 +6,7 @@
 //!   order(Run) ──────────────────► KVM_RUN ─► exit ─► bus ─► KVM_RUN ─► ...
 //!   order(Pause) + kick ─────────► leaves the guest, settles, ──► answer(Paused)
 //!   order(Save) ─────────────────► reads its registers        ──► answer(Saved)
+//!   order(Nmi) + kick ───────────► leaves the guest, KVM_NMI,  ──► answer(Nmi), KVM_RUN
 //!   order(Finish) + kick ────────► ends
 //! ```
 //!
@@ -19,6 +20,8 @@
 //! out in between is of neither before nor after.
 
 mod run;
+#[cfg(test)]
+mod tests;
 
 use std::{
     io,
@@ -52,6 +55,8 @@ pub enum Order {
     Save(Arc<StateShape>),
     /// Take over registers; only while paused.
     Load(Arc<StateShape>, Box<VcpuState>),
+    /// Interrupt the guest where it cannot be masked; go on with what was done before.
+    Nmi,
     /// End the thread.
     Finish,
 }
@@ -64,6 +69,8 @@ pub enum Answer {
     Saved(Result<Box<VcpuState>, arch::state::StateError>),
     /// Took the registers over, or why not.
     Loaded(Result<(), arch::state::StateError>),
+    /// The interrupt waits for the next entry into the guest, or why not.
+    Nmi(Result<(), kvm_ioctls::Error>),
 }
 
 /// Why a vCPU did not do what it was told.
@@ -90,6 +97,15 @@ pub enum VcpuError {
     /// It answered something else than what was asked.
     #[error("vCPU {0} gave an answer out of turn")]
     OutOfTurn(usize),
+    /// KVM did not take the interrupt.
+    #[error("vCPU {index} cannot be interrupted")]
+    Nmi {
+        /// Which vCPU.
+        index: usize,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     /// Its state could not be read or written.
     #[error("The state of vCPU {index} cannot be moved")]
     State {
@@ -187,6 +203,22 @@ impl Vcpus {
             _ => Err(VcpuError::OutOfTurn(index)),
         };
         self.0.iter().enumerate().map(saved).collect()
+    }
+
+    /// Interrupts all vCPUs where they cannot mask it, running or paused. KVM takes the request
+    /// only while the vCPU is not running, so each one leaves the guest for it. One that waits
+    /// for its start-up message, as all but the first do before the guest has processors for
+    /// them, forgets the interrupt when it starts.
+    pub fn nmi(&self) -> Result<(), VcpuError> {
+        self.each(|index, h| {
+            h.orders.send(Order::Nmi).map_err(|_| VcpuError::Gone(index))?;
+            h.kick();
+            Ok(())
+        })?;
+        self.each(|index, h| match h.answer(index)? {
+            Answer::Nmi(told) => told.map_err(|source| VcpuError::Nmi { index, source }),
+            _ => Err(VcpuError::OutOfTurn(index)),
+        })
     }
 
     /// How many there are.

@@ -37,6 +37,8 @@ pub struct Vcpu {
     buses: Buses,
     ended: Arc<dyn Fn(Ending) + Send + Sync>,
     exits: Arc<Exits>,
+    /// The guest ended on this vCPU: it is not entered again.
+    over: bool,
 }
 
 impl Vcpu {
@@ -47,7 +49,7 @@ impl Vcpu {
         ended: Arc<dyn Fn(Ending) + Send + Sync>,
         exits: Arc<Exits>,
     ) -> Vcpu {
-        Vcpu { fd, buses, ended, exits }
+        Vcpu { fd, buses, ended, exits, over: false }
     }
 
     /// Obeys orders until told to finish or until nobody is left to give any. The descriptor
@@ -73,8 +75,12 @@ impl Vcpu {
                     running = false;
                     Answer::Paused
                 }
+                Some(Order::Nmi) => Answer::Nmi(self.fd.nmi()),
                 Some(Order::Save(shape)) => Answer::Saved(VcpuState::save(&self.fd, &shape).map(Box::new)),
-                Some(Order::Load(shape, state)) => Answer::Loaded(state.load(&self.fd, &shape)),
+                Some(Order::Load(shape, state)) => {
+                    self.over = false;
+                    Answer::Loaded(state.load(&self.fd, &shape))
+                }
             };
             immediate.set(0);
             if outbox.send(told).is_err() {
@@ -85,7 +91,7 @@ impl Vcpu {
 
     /// Runs the guest until an order arrives. A guest that ended is not entered again.
     fn run_until_order(&mut self, inbox: &mpsc::Receiver<Order>) -> Option<Order> {
-        loop {
+        while !self.over {
             match self.enter() {
                 Next::Enter => {}
                 Next::Obey => match inbox.try_recv() {
@@ -95,11 +101,12 @@ impl Vcpu {
                     Err(mpsc::TryRecvError::Empty) => {}
                 },
                 Next::End(ending) => {
+                    self.over = true;
                     (self.ended)(ending);
-                    return inbox.recv().ok();
                 }
             }
         }
+        inbox.recv().ok()
     }
 
     fn enter(&mut self) -> Next {

@@ -14,6 +14,8 @@ use arch::{
     acpi, boot, cpuid, irqchip,
     kernel::{BootError, BootFile, CommandLine, What},
     layout, regs,
+    state::StateShape,
+    template::Template,
 };
 use devices::{
     bus::{Bus, BusError},
@@ -34,6 +36,7 @@ use super::{
     boot_timer::{self, BootTimer},
     console::{ConsoleError, Consoles},
     host::KvmHost,
+    cpu,
     kvm::{self, KvmError},
     memory::{self, MemoryError},
 };
@@ -124,7 +127,8 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let config = &spec.machine_config;
     // The files come first: a missing one is the likeliest mistake and the cheapest to find.
     let files = Files::open(spec)?;
-    let kvm = kvm::open()?;
+    let template = cpu::template(spec).map_err(processors)?;
+    let kvm = kvm::open_for(&template)?;
     let vm = kvm::create_vm(&kvm)?;
     let memory = memory::map(config)?;
     memory::register(&vm, &memory, config.track_dirty_pages)?;
@@ -132,7 +136,9 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let fds = (0..u64::from(config.vcpu_count))
         .map(|index| vm.create_vcpu(index).map_err(kvm::call("create a vCPU")))
         .collect::<Result<Vec<_>, _>>()?;
-    let cpuid = cpuid_of(&kvm, config, fds.first())?;
+    let cpuid = cpuid_of(&kvm, config, fds.first(), &template)?;
+    let shape = StateShape::new(&kvm, &vm, false).map_err(processors)?;
+    let shape = Arc::new(shape.with_msrs(&template.msr_indices()));
     let host = Arc::new(KvmHost::new(vm));
 
     let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
@@ -182,13 +188,15 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
         regs::configure_vcpu(fd, index, &cpuid, &loaded).map_err(processors)?;
     }
     let buses = Buses { mmio, ports, milestones: Arc::clone(&plan.milestones) };
+    template.change_msrs(&fds).map_err(processors)?;
     Ok(Vm {
         vcpus: Vcpus::spawn(fds, &buses, &plan.ended)?,
         devices: places.into_devices(),
+        shape,
         power: platform.power,
         keyboard: platform.keyboard,
         milestones: Arc::clone(&plan.milestones),
-        _memory: memory,
+        memory,
         consoles,
         _host: host,
     })
@@ -216,6 +224,7 @@ fn cpuid_of(
     config: &spec::MachineConfig,
     first: Option<&VcpuFd>,
 ) -> Result<cpuid::Cpuid, BuildError> {
+    template: &Template,
     let offered = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm::call("tell what its processors can do"))?;
@@ -227,7 +236,9 @@ fn cpuid_of(
         pmu: false,
         nested: false,
     };
-    cpuid::Cpuid::normalise(&offered, &wanted).map_err(processors)
+    let mut cpuid = cpuid::Cpuid::normalise(&offered, &wanted).map_err(processors)?;
+    template.change_cpuid(&mut cpuid, &offered).map_err(processors)?;
+    Ok(cpuid)
 }
 
 /// What every machine has besides its processors and devices.

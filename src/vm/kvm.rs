@@ -2,6 +2,7 @@
 
 use std::io;
 
+use arch::template::Template;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 /// Why this host cannot run a machine.
@@ -24,6 +25,9 @@ pub enum KvmError {
     /// Something needed is missing from the host's KVM.
     #[error("This host's KVM lacks {0:?}, which needs Linux 5.10 or newer")]
     Lacks(Cap),
+    /// Something that the machine's CPU template asks for is missing from the host's KVM.
+    #[error("This host's KVM lacks capability {0}, which the CPU template asks for")]
+    LacksAsked(u32),
     /// A call failed.
     #[error("KVM refused to {what}")]
     Call {
@@ -44,6 +48,11 @@ const NEEDED: [Cap; 5] = [Cap::Irqchip, Cap::Ioeventfd, Cap::Irqfd, Cap::UserMem
 
 /// Opens KVM and checks that it has what every machine needs.
 pub fn open() -> Result<Kvm, KvmError> {
+    open_for(&Template::default())
+}
+
+/// Opens KVM and checks that it has what a machine with this CPU template needs.
+pub fn open_for(template: &Template) -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|e| match e.errno() {
         libc::ENOENT | libc::ENXIO | libc::ENODEV => KvmError::Missing,
         libc::EACCES | libc::EPERM => KvmError::Permission,
@@ -53,9 +62,13 @@ pub fn open() -> Result<Kvm, KvmError> {
         12 => {}
         other => return Err(KvmError::Version(other)),
     }
-    match NEEDED.into_iter().find(|cap| !kvm.check_extension(*cap)) {
-        Some(cap) => Err(KvmError::Lacks(cap)),
+    let needed = template.needed_capabilities(&NEEDED.map(|cap| cap as u32));
+    match needed.into_iter().find(|&number| kvm.check_extension_raw(number.into()) <= 0) {
         None => Ok(kvm),
+        Some(number) => Err(match NEEDED.into_iter().find(|&cap| cap as u32 == number) {
+            Some(cap) => KvmError::Lacks(cap),
+            None => KvmError::LacksAsked(number),
+        }),
     }
 }
 

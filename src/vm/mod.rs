@@ -18,13 +18,16 @@ pub mod attach;
 pub mod boot_timer;
 pub mod build;
 pub mod console;
+pub mod coredump;
+pub mod cpu;
 pub mod host;
 pub mod kvm;
 pub mod memory;
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use api::FaultKind;
+use arch::state::StateShape;
 use devices::{
     Memory,
     legacy::{
@@ -99,6 +102,9 @@ pub enum VmError {
         #[source]
         source: DeviceError,
     },
+    /// The core file could not be written.
+    #[error(transparent)]
+    CoreDump(#[from] coredump::CoreDumpError),
     /// There is no keyboard controller.
     #[error("The machine has no keyboard controller to press Ctrl+Alt+Del on")]
     NoKeyboard,
@@ -112,6 +118,7 @@ impl VmError {
     pub fn kind(&self) -> FaultKind {
         match self {
             VmError::NoKeyboard | VmError::Keyboard(_) => FaultKind::Unsupported,
+            VmError::CoreDump(error) => error.kind(),
             _ => FaultKind::Internal,
         }
     }
@@ -120,13 +127,15 @@ impl VmError {
 /// A built machine. Its vCPU threads exist and wait for orders.
 pub struct Vm {
     pub(crate) vcpus: Vcpus,
+    /// What of a vCPU is saved on this host.
+    pub(crate) shape: Arc<StateShape>,
     /// Virtio devices by name, in the order the guest finds them.
     pub(crate) devices: Vec<(String, Arc<dyn Transport>)>,
     pub(crate) power: Arc<Power>,
     pub(crate) keyboard: Option<Arc<I8042>>,
     pub(crate) milestones: Arc<Milestones>,
     /// Kept mapped until the process ends.
-    pub(crate) _memory: Memory,
+    pub(crate) memory: Memory,
     pub(crate) consoles: console::Consoles,
     pub(crate) _host: Arc<host::KvmHost>,
 }
@@ -159,6 +168,19 @@ impl Vm {
     pub fn press_ctrl_alt_del(&self) -> Result<(), VmError> {
         let keyboard = self.keyboard.as_ref().ok_or(VmError::NoKeyboard)?;
         keyboard.send_ctrl_alt_del().map_err(VmError::Keyboard)
+    }
+
+    /// Interrupts every vCPU where it cannot be masked, running or paused: a guest that hangs
+    /// says where, or crashes as it was told to do then.
+    pub fn inject_nmi(&self) -> Result<(), VmError> {
+        Ok(self.vcpus.nmi()?)
+    }
+
+    /// Writes memory and registers to `path`, which must not exist; only while paused. Takes as
+    /// long as the disk takes for the memory that the guest has used.
+    pub fn core_dump(&self, path: &Path) -> Result<coredump::Written, VmError> {
+        let vcpus = self.vcpus.save(&self.shape)?;
+        Ok(coredump::write(path, &self.memory, &vcpus)?)
     }
 
     /// Waits, for a bounded time, until what the guest printed has left.
