@@ -35,8 +35,8 @@ use super::{
     attach::{AttachError, Places},
     boot_timer::{self, BootTimer},
     console::{ConsoleError, Consoles},
-    host::KvmHost,
     cpu,
+    host::KvmHost,
     kvm::{self, KvmError},
     memory::{self, MemoryError},
 };
@@ -187,12 +187,12 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
         let cpuid = cpuid.for_vcpu(index).map_err(processors)?;
         regs::configure_vcpu(fd, index, &cpuid, &loaded).map_err(processors)?;
     }
-    let buses = Buses { mmio, ports, milestones: Arc::clone(&plan.milestones) };
     template.change_msrs(&fds).map_err(processors)?;
+    let buses = Buses { mmio, ports, milestones: Arc::clone(&plan.milestones) };
     Ok(Vm {
         vcpus: Vcpus::spawn(fds, &buses, &plan.ended)?,
-        devices: places.into_devices(),
         shape,
+        devices: places.into_devices(),
         power: platform.power,
         keyboard: platform.keyboard,
         milestones: Arc::clone(&plan.milestones),
@@ -223,8 +223,8 @@ fn cpuid_of(
     kvm: &Kvm,
     config: &spec::MachineConfig,
     first: Option<&VcpuFd>,
-) -> Result<cpuid::Cpuid, BuildError> {
     template: &Template,
+) -> Result<cpuid::Cpuid, BuildError> {
     let offered = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm::call("tell what its processors can do"))?;
