@@ -185,3 +185,58 @@ fn the_t2_kind_shows_a_haswell_and_hides_avx_512() {
         assert_eq!(template.msr_indices().as_slice(), if name == Named::T2S { &[0x10a][..] } else { &[] });
     }
 }
+
+/// Two vCPUs, or `None` where there is no KVM.
+fn vcpus() -> Option<(kvm_ioctls::VmFd, Vec<VcpuFd>)> {
+    let vm = kvm_ioctls::Kvm::new().ok()?.create_vm().unwrap();
+    let fds = (0..2).map(|index| vm.create_vcpu(index).unwrap()).collect();
+    Some((vm, fds))
+}
+
+#[test]
+fn every_vcpu_of_kvm_gets_the_registers() {
+    /// The page attribute table: eight types, of which 2 and 3 do not exist.
+    const PAT: u32 = 0x277;
+    let Some((_vm, fds)) = vcpus() else { return };
+    let values = || {
+        let read = |fd: &VcpuFd| {
+            let mut list = msr::lists(&[msr::entry(PAT, 0)]).remove(0);
+            assert_eq!(fd.get_msrs(&mut list).unwrap(), 1);
+            list.as_slice()[0].data
+        };
+        fds.iter().map(read).collect::<Vec<_>>()
+    };
+    let with = |index, mask, value| Template {
+        msrs: vec![MsrChange { index, bits: Bits { mask, value } }],
+        ..Default::default()
+    };
+    let before = values();
+    with(PAT, 0xff, 0x01).change_msrs(&fds).unwrap();
+    let changed: Vec<u64> = before.iter().map(|old| old & !0xff | 0x01).collect();
+    assert_eq!(values(), changed);
+    // An emulated KVM may take anything; one that refuses is heard, and has changed nothing.
+    if let Err(refused) = with(PAT, 0xff, 0x02).change_msrs(&fds) {
+        let value = changed[0] & !0xff | 0x02;
+        assert!(
+            matches!(refused, TemplateError::MsrValue { index: PAT, value: v } if v == value),
+            "{refused}"
+        );
+        assert_eq!(values(), changed);
+    }
+}
+
+#[test]
+fn a_register_that_kvm_does_not_have_is_named() {
+    const NOBODYS: u32 = 0x00de_ad00;
+    let Some((_vm, fds)) = vcpus() else { return };
+    let ignored = std::fs::read_to_string("/sys/module/kvm/parameters/ignore_msrs");
+    if ignored.is_ok_and(|text| text.starts_with('Y')) {
+        return;
+    }
+    let template = Template {
+        msrs: [NOBODYS, msr::IA32_MISC_ENABLE].map(|index| MsrChange { index, bits: Bits::default() }).into(),
+        ..Default::default()
+    };
+    let error = template.change_msrs(&fds).unwrap_err();
+    assert!(matches!(error, TemplateError::NoMsr(NOBODYS)), "{error}");
+}
