@@ -8,8 +8,8 @@
 //!
 //! Names, fields, defaults and rules are Firecracker's, so that a file or a body written for
 //! it means the same here; what it lacks is added in the same style. Nothing in this crate
-//! opens a file, a socket or a device: it can be tested, and its documents compared with
-//! `resources/openapi.yaml`, without a machine.
+//! but the [`client`] opens a file, a socket or a device: it can be tested, and its documents
+//! compared with `resources/openapi.yaml`, without a machine.
 //!
 //! [`Control`] is the one door to a running machine. The HTTP server, the command line and
 //! the tests all stand in front of it.
@@ -18,6 +18,7 @@
 /// programs that ask what they may send.
 pub const FIRECRACKER_VERSION: &str = "1.17.0";
 
+pub mod client;
 mod control;
 mod fault;
 pub mod http;

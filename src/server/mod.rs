@@ -78,7 +78,7 @@ const LISTENER: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 
 /// What clients may take. The defaults keep the whole server under 1 MiB.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Open connections.
     pub connections: usize,
@@ -357,20 +357,20 @@ impl Server {
         true
     }
 
-    /// Cuts connections until those left hold no more than they may. `favoured` is the one
-    /// that has just done something, and is cut only if it is alone.
+    /// Cuts connections, the oldest first, until those left hold no more than they may or there
+    /// is only one: an answer of any size can be read as long as nobody else needs the room.
+    /// `favoured` is the one that has just done something, and stays.
     fn relieve(&mut self, favoured: u64) {
         while self.held > self.limits.memory || self.descriptors > self.limits.descriptors {
             let memory = self.held > self.limits.memory;
             let holds = |c: &Connection| if memory { c.held() > 0 } else { c.descriptors() > 0 };
-            let victim = self
-                .open()
-                .filter(|(slot, c)| *slot != favoured && holds(c))
-                .min_by_key(|(_, c)| c.rank())
-                .map_or(favoured, |(slot, _)| slot);
-            if self.take(victim).is_none() {
-                return;
-            }
+            let holders = || self.open().filter(|(_, c)| holds(c));
+            let victim = match holders().count() {
+                0 | 1 => None,
+                _ => holders().filter(|(slot, _)| *slot != favoured).min_by_key(|(_, c)| c.rank()),
+            };
+            let Some((victim, _)) = victim else { return };
+            drop(self.take(victim));
         }
     }
 

@@ -221,6 +221,8 @@ fn noise_in_any_pieces_gives_the_same_and_never_panics() {
                 _ => bytes.extend_from_slice(words[noise.next() % words.len()]),
             }
         }
+        // A bad line is found when it ends, and at once only in a first piece.
+        bytes.extend_from_slice(b"\r\n\r\n");
         let whole = parsed(&[&bytes]);
         whole_ones += whole.0.len();
         let (mut pieces, mut rest) = (Vec::new(), bytes.as_slice());

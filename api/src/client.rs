@@ -1,0 +1,241 @@
+//! A small blocking client of the API, for the command line, the tests and other programs.
+//!
+//! ```text
+//!   Client::get/put/… ──► one write ──► server
+//!          ▲                              │
+//!          └── value, or ClientError ◄── Incoming (client/incoming.rs): head, body, chunks
+//! ```
+//!
+//! One connection, kept open, one request at a time: the API serves them in order anyway.
+//! A server closes connections that have been quiet when others need the place, so a request
+//! that could not even be written, or was answered by nothing but the end of a connection
+//! that had been used before, is sent once more over a new one, if it is safe to repeat (GET,
+//! and PUT or DELETE whose bytes never left).
+//!
+//! Every call has a deadline for the whole of it, not for each byte, so a server that dribbles
+//! cannot hold a caller.
+
+mod error;
+mod incoming;
+mod lines;
+mod stream;
+
+use std::{
+    io,
+    os::{fd::BorrowedFd, unix::net::UnixStream},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use serde::{Serialize, de::DeserializeOwned};
+
+pub use error::ClientError;
+use incoming::Incoming;
+pub use lines::Lines;
+pub use stream::Stream;
+
+use crate::http::{Method, Response};
+
+/// How long a call may take unless [`Client::patience`] says otherwise.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The longest body a client takes, in bytes.
+const MAX_BODY: usize = 64 << 20;
+
+/// A client of one server.
+#[derive(Debug)]
+pub struct Client {
+    /// Where to connect again; none for a stream that was given.
+    path: Option<PathBuf>,
+    connection: Option<Incoming>,
+    patience: Duration,
+    /// What goes before every path, such as `/machines/NAME` through a host's service.
+    prefix: String,
+}
+
+impl Client {
+    /// A client of the server at this unix socket. It connects when first used, and again
+    /// whenever it must.
+    pub fn unix(path: impl Into<PathBuf>) -> Client {
+        Client { path: Some(path.into()), connection: None, patience: PATIENCE, prefix: String::new() }
+    }
+
+    /// A client over a stream that is connected already. When the server closes it, calls fail.
+    pub fn over(stream: impl Stream + 'static) -> Client {
+        let connection = Some(Incoming::new(Box::new(stream)));
+        Client { path: None, connection, patience: PATIENCE, prefix: String::new() }
+    }
+
+    /// This client with another limit for the time of a whole call.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Client {
+        self.patience = patience;
+        self
+    }
+
+    /// This client with something that goes before every path, such as `/machines/NAME`.
+    #[must_use]
+    pub fn under(mut self, prefix: impl Into<String>) -> Client {
+        self.prefix = prefix.into();
+        self
+    }
+
+    /// Reads what is at `path`.
+    pub fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, ClientError> {
+        self.call(Method::Get, path, None::<&()>)
+    }
+
+    /// Puts `body` at `path`, or asks for an action.
+    pub fn put<T: DeserializeOwned>(
+        &mut self,
+        path: &str,
+        body: Option<&(impl Serialize + ?Sized)>,
+    ) -> Result<T, ClientError> {
+        self.call(Method::Put, path, body)
+    }
+
+    /// Changes what is at `path`.
+    pub fn patch<T: DeserializeOwned>(
+        &mut self,
+        path: &str,
+        body: Option<&(impl Serialize + ?Sized)>,
+    ) -> Result<T, ClientError> {
+        self.call(Method::Patch, path, body)
+    }
+
+    /// Asks for something at `path`.
+    pub fn post<T: DeserializeOwned>(
+        &mut self,
+        path: &str,
+        body: Option<&(impl Serialize + ?Sized)>,
+    ) -> Result<T, ClientError> {
+        self.call(Method::Post, path, body)
+    }
+
+    /// Removes what is at `path`.
+    pub fn delete<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, ClientError> {
+        self.call(Method::Delete, path, None::<&()>)
+    }
+
+    /// Any request with a body in JSON, and its answer as a value: `T` may be
+    /// `serde_json::Value`, or `()` or an `Option` where the answer has no body. A status of
+    /// 400 and above is [`ClientError::Fault`].
+    pub fn call<T: DeserializeOwned>(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: Option<&(impl Serialize + ?Sized)>,
+    ) -> Result<T, ClientError> {
+        let body = body.map(serde_json::to_vec).transpose().map_err(ClientError::Body)?;
+        let response = self.send(method, path, body.as_deref().unwrap_or_default(), &[])?;
+        let bytes = if response.body.is_empty() { b"null" } else { response.body.as_slice() };
+        serde_json::from_slice(bytes).map_err(|source| ClientError::Answer { path: path.to_owned(), source })
+    }
+
+    /// As [`Client::call`], with the bytes of the body, descriptors to go along (at most 16,
+    /// and only over a unix socket), and the answer as it came. A status of 400 and above is
+    /// [`ClientError::Fault`].
+    pub fn send(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Response, ClientError> {
+        let end = Instant::now() + self.patience;
+        let mut connection = self.ask(method, path, body, descriptors, end)?;
+        let response = connection.body(MAX_BODY, end)?;
+        if connection.is_reusable() {
+            self.connection = Some(connection);
+        }
+        if response.status >= 400 {
+            return Err(ClientError::fault(&response));
+        }
+        Ok(response)
+    }
+
+    /// Reads a stream of lines, such as that of `/events`. The stream has the connection; the
+    /// client can be used meanwhile and connects anew if it can. `patience` limits the wait
+    /// for the head, and not that for a line: see [`Lines::patience`].
+    pub fn lines(&mut self, path: &str) -> Result<Lines, ClientError> {
+        let end = Instant::now() + self.patience;
+        let mut connection = self.ask(Method::Get, path, &[], &[], end)?;
+        if connection.status() >= 400 {
+            return Err(ClientError::fault(&connection.body(MAX_BODY, end)?));
+        }
+        Ok(Lines::new(connection))
+    }
+
+    /// Sends a request and reads the head of its answer.
+    fn ask(
+        &mut self,
+        method: Method,
+        path: &str,
+        body: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+        end: Instant,
+    ) -> Result<Incoming, ClientError> {
+        let head = head(method, &format!("{}{path}", self.prefix), body.len())?;
+        let request = [head.as_bytes(), body].concat();
+        let used = self.connection.is_some();
+        let first = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.connect()?,
+        };
+        match exchange(first, &request, descriptors, end) {
+            // The server closed the connection while it was idle.
+            Err((e, written)) if used && e.is_closed() && (!written || method == Method::Get) => {
+                let again = match &self.path {
+                    Some(_) => self.connect()?,
+                    None => return Err(e),
+                };
+                exchange(again, &request, descriptors, end).map_err(|(e, _)| e)
+            }
+            other => other.map_err(|(e, _)| e),
+        }
+    }
+
+    fn connect(&self) -> Result<Incoming, ClientError> {
+        let path: &Path = self.path.as_deref().ok_or(ClientError::Closed)?;
+        let stream = UnixStream::connect(path)
+            .map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+        Ok(Incoming::new(Box::new(stream)))
+    }
+}
+
+/// Writes a request and reads the head of the answer. With an error: whether it was written.
+fn exchange(
+    mut connection: Incoming,
+    request: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+    end: Instant,
+) -> Result<Incoming, (ClientError, bool)> {
+    let written = connection.write(request, descriptors, end);
+    // A server that refuses a request early says why although it did not read all of it.
+    match (connection.read_head(end), written) {
+        (Ok(()), _) => Ok(connection),
+        (Err(_), Err(e)) => Err((e, false)),
+        (Err(e), Ok(())) => Err((e, true)),
+    }
+}
+
+fn head(method: Method, target: &str, length: usize) -> Result<String, ClientError> {
+    if !target.starts_with('/') || target.bytes().any(|b| b <= b' ' || b == 0x7f) {
+        return Err(ClientError::Path(target.to_owned()));
+    }
+    let mut head = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n");
+    if length > 0 {
+        head.push_str(&format!("Content-Type: application/json\r\nContent-Length: {length}\r\n"));
+    }
+    head.push_str("\r\n");
+    Ok(head)
+}
+
+/// How long is left, as an error when nothing is.
+fn left(end: Instant) -> io::Result<Duration> {
+    let left = end.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+}
+
+#[cfg(test)]
+mod tests;
