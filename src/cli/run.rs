@@ -357,8 +357,7 @@ fn prepare(
             mode: Some(ConsoleMode::File),
             rate_limiter: None,
         }),
-        console: None,
-        logger: None,
+        ..Spec::default()
     };
     spec.check().map_err(|fault| Failure { code: 125, message: fault.message, causes: fault.causes })?;
     let plan = Plan { spec, setup, process };

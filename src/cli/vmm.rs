@@ -7,25 +7,27 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use api::{
     Fault, FaultKind, Spec,
-    spec::{ConsoleMode, LogLevel, Logger, Transport},
+    spec::{ConsoleMode, LogLevel, Logger},
 };
 
 use crate::{
-    controller::{Controller, Mailbox},
-    footprint, logger,
+    controller::{Controller, Settings},
+    logger,
     metrics::{Milestone, Milestones},
+    server::{Limits, Server},
     signals::{self, Signals},
-    vm::{Ending, build, kvm},
+    vm::{Ending, kvm},
 };
 
 const USAGE: &str = "\
-Run one machine, described by a configuration file
+Run one machine, described through an API socket or by a configuration file
 
-Usage: nacelle vmm --no-api --config-file FILE [OPTIONS]
+Usage: nacelle vmm [--api-sock PATH] [--config-file FILE] [OPTIONS]
 
 Options:
-      --config-file FILE   The machine, as JSON in Firecracker's format
-      --no-api             Serve no API socket; start the machine at once
+      --api-sock PATH      Socket of the API [default: /run/firecracker.socket]
+      --config-file FILE   The machine, as JSON in Firecracker's format; it starts at once
+      --no-api             Serve no API socket; needs --config-file
       --id ID              Name of the machine in its log [default: anonymous-instance]
       --enable-pci         Attach devices through PCI instead of MMIO
       --log-path FILE      Write the log to a file or named pipe [default: standard error]
@@ -34,6 +36,13 @@ Options:
       --show-level         Put the level into each line
       --show-log-origin    Put the source line into each line
       --boot-timer         Log when the guest says it reached user space
+      --http-api-max-payload-size BYTES
+                           Largest body of a request [default: 51200]
+      --start-time-us, --start-time-cpu-us, --parent-cpu-time-us N
+                           When the caller started this process, for metrics
+      --seccomp-filter FILE, --no-seccomp
+                           Taken and without effect: no filter is installed yet
+      --snapshot-version   Print the version of the snapshot format
       --show-counters      At the end, print milestones, exits and device counters
       --version            Print the version
   -h, --help               Print this help";
@@ -43,8 +52,13 @@ pub const EXIT_ARGUMENTS: u8 = 153;
 /// Exit code for a configuration that cannot be built (Firecracker's).
 pub const EXIT_CONFIGURATION: u8 = 152;
 
+/// Where the API is served when nothing else is said (Firecracker's).
+const API_SOCKET: &str = "/run/firecracker.socket";
+
 #[derive(Debug, Default)]
 struct Arguments {
+    api_sock: Option<PathBuf>,
+    payload_max: Option<usize>,
     config_file: Option<PathBuf>,
     no_api: bool,
     id: Option<String>,
@@ -95,17 +109,19 @@ fn leave(code: i32) -> ! {
 
 fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fault> {
     let invalid = |text: &str| Fault::new(FaultKind::Invalid, text);
-    let path = arguments.config_file.as_ref().ok_or_else(|| invalid("--config-file is missing"))?;
-    if !arguments.no_api {
-        return Err(invalid("This version serves no API socket yet; give --no-api"));
+    if arguments.no_api && arguments.config_file.is_none() {
+        return Err(invalid("--no-api needs --config-file: there is no other way to describe the machine"));
     }
-    let mut spec = read(path)?;
-    if arguments.enable_pci {
-        spec.machine_config.transport = Transport::Pci;
-    }
-    let id = arguments.id.as_deref().unwrap_or("anonymous-instance");
-    let log = if arguments.log_given { Some(&arguments.log) } else { spec.logger.as_ref() };
-    logger::start(id, log.unwrap_or(&arguments.log)).map_err(|e| Fault {
+    let spec = arguments.config_file.as_deref().map(read).transpose()?;
+    let settings = Settings {
+        id: arguments.id.clone().unwrap_or_else(|| "anonymous-instance".to_owned()),
+        pci: arguments.enable_pci,
+        boot_timer: arguments.boot_timer,
+        keyboard: !arguments.no_api,
+        log: arguments.log.clone(),
+    };
+    let in_file = spec.as_ref().and_then(|spec| spec.logger.as_ref()).filter(|_| !arguments.log_given);
+    logger::start(&settings.id, in_file.unwrap_or(&arguments.log)).map_err(|e| Fault {
         kind: FaultKind::Invalid,
         message: "The log cannot be opened".to_owned(),
         causes: vec![e.to_string()],
@@ -114,38 +130,37 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
 
     let internal = |e: std::io::Error| Fault::from_error(FaultKind::Internal, &e);
     let signals = Signals::block(&signals::ENDING).map_err(internal)?;
-    let mailbox = Mailbox::new().map_err(internal)?;
-    let report = mailbox.handle();
-    let plan = build::Plan {
-        spec: &spec,
-        milestones: Arc::clone(milestones),
-        ended: Arc::new(move |ending| report.ended(ending)),
-        keyboard: false,
-        boot_timer: arguments.boot_timer,
-    };
+    let server = (!arguments.no_api).then(|| serve(arguments)).transpose()?;
     if !kvm::has_hardware() {
         log::warn!("This processor has no hardware virtualization: a Linux guest will not boot");
     }
-    let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
-    milestones.reached(Milestone::Built);
-    let sockets = Sockets::of(&spec);
-    if spec.serial.clone().unwrap_or_default().far_end() == ConsoleMode::Stdio {
-        super::terminal::make_raw(0);
+    let starts = spec.is_some();
+    let spec = spec.unwrap_or_default();
+    let mut controller =
+        Controller::new(settings, Arc::clone(milestones), spec, server, signals).map_err(internal)?;
+    if starts {
+        controller.start()?;
     }
-    let mut controller = Controller::new(id.to_owned(), vm, mailbox, signals);
-    controller.start()?;
-    footprint::give_back_program_text();
     let ending = controller.run().map_err(internal)?;
-    controller.vm().finish_consoles();
-    sockets.remove();
     match &ending {
         Ending::Broken(_) => eprintln!("nacelle vmm: {}", ending.reason()),
         _ => log::info!("{}", ending.reason()),
     }
-    if arguments.show_counters {
-        print_counters(controller.vm());
+    if let Some(vm) = controller.vm() {
+        vm.finish_consoles();
+        Sockets::of(controller.spec()).remove();
+        if arguments.show_counters {
+            print_counters(vm);
+        }
     }
     Ok(ending)
+}
+
+fn serve(arguments: &Arguments) -> Result<Server, Fault> {
+    let path = arguments.api_sock.clone().unwrap_or_else(|| API_SOCKET.into());
+    let limits = Limits::default();
+    let limits = Limits { body: arguments.payload_max.unwrap_or(limits.body), ..limits };
+    Server::new(&path, limits).map_err(|e| Fault::from_error(FaultKind::Invalid, &e))
 }
 
 /// The sockets a machine made, to be removed at its end, unless somebody else has put
@@ -203,7 +218,16 @@ fn print_counters(vm: &crate::vm::Vm) {
 }
 
 fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
-    const FLAGS: [&str; 13] = [
+    const FLAGS: [&str; 22] = [
+        "--api-sock",
+        "--http-api-max-payload-size",
+        "--start-time-us",
+        "--start-time-cpu-us",
+        "--parent-cpu-time-us",
+        "--seccomp-filter",
+        "--no-seccomp",
+        "--snapshot-version",
+        "--describe-snapshot",
         "--config-file",
         "--no-api",
         "--id",
@@ -229,6 +253,17 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
         let mut value =
             || inline.clone().or_else(|| rest.next()).ok_or_else(|| format!("{flag} needs a value"));
         match flag.as_str() {
+            "--api-sock" => parsed.api_sock = Some(value()?.into()),
+            "--http-api-max-payload-size" => parsed.payload_max = Some(number(&flag, &value()?)?),
+            // What the caller measured; taken so that its other flags are.
+            "--start-time-us" | "--start-time-cpu-us" | "--parent-cpu-time-us" => {
+                number::<u64>(&flag, &value()?)?;
+            }
+            "--seccomp-filter" => drop(value()?),
+            "--no-seccomp" => {}
+            "--snapshot-version" | "--describe-snapshot" => {
+                return Err(format!("{flag}: this version has no snapshots yet"));
+            }
             "--config-file" => parsed.config_file = Some(value()?.into()),
             "--id" => parsed.id = Some(id(&value()?)?),
             "--log-path" => parsed.log.log_path = Some(value()?.into()),
@@ -240,7 +275,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
             "--show-log-origin" => parsed.log.show_log_origin = true,
             "--boot-timer" => parsed.boot_timer = true,
             "--show-counters" => parsed.show_counters = true,
-            "--version" | "-V" => parsed.show = Some(format!("nacelle {}", env!("CARGO_PKG_VERSION"))),
+            "--version" | "-V" => parsed.show = Some(version()),
             "--help" | "-h" => parsed.show = Some(USAGE.to_owned()),
             other => {
                 let hint = api::nearest(other, FLAGS).map(|f| format!("; did you mean {f}?"));
@@ -255,6 +290,15 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
         parsed.log_given |= flag.starts_with("--show-l");
     }
     Ok(parsed)
+}
+
+/// Two lines: the first is Firecracker's, which programs take apart to learn what they may send.
+fn version() -> String {
+    format!("Firecracker v{}\nnacelle {}", api::FIRECRACKER_VERSION, env!("CARGO_PKG_VERSION"))
+}
+
+fn number<T: std::str::FromStr>(flag: &str, word: &str) -> Result<T, String> {
+    word.parse().map_err(|_| format!("{flag} is {word:?}; it must be a number"))
 }
 
 fn level(word: &str) -> Result<LogLevel, String> {

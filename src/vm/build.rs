@@ -24,6 +24,7 @@ use devices::{
         i8042::{self, I8042},
         power::{self, Power, PowerEvent},
     },
+    limiter::{BucketConfig, LimiterConfig},
     pci::root::Root,
     virtio::{VirtioDevice, block, net, rng, vsock},
 };
@@ -359,6 +360,17 @@ fn block_config(drive: &spec::Drive) -> block::BlockConfig {
         queue_size: drive.queue_size,
         discard: drive.discard,
     }
+}
+
+/// Limits as devices take them.
+pub fn limiter(limits: Option<&spec::RateLimiter>) -> LimiterConfig {
+    let bucket = |bucket: spec::TokenBucket| BucketConfig {
+        size: bucket.size,
+        one_time_burst: bucket.one_time_burst.unwrap_or(0),
+        refill_time_ms: bucket.refill_time,
+    };
+    let limits = limits.copied().unwrap_or_default();
+    LimiterConfig { bandwidth: limits.bandwidth.map(bucket), ops: limits.ops.map(bucket) }
 }
 
 fn net_config(interface: &spec::NetworkInterface) -> Result<net::NetConfig, net::NotMac> {

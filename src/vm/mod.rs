@@ -188,6 +188,12 @@ impl Vm {
         self.consoles.finish();
     }
 
+    /// The device of a kind (as in [`devices::virtio::About`]) by its name.
+    pub fn device(&self, kind: &str, name: &str) -> Option<&Arc<dyn Transport>> {
+        let mut devices = self.devices.iter();
+        devices.find(|(known, device)| known == name && device.about().kind == kind).map(|(_, device)| device)
+    }
+
     /// When what was reached.
     pub fn milestones(&self) -> &Milestones {
         &self.milestones

@@ -1,22 +1,8 @@
 //! Kernels in their formats, processors, memory, consoles, and every way a machine ends.
 
-use std::{
-    fs,
-    sync::{Arc, mpsc},
-    thread,
-    time::Duration,
-};
+use std::fs;
 
-use api::{
-    Control, MachineState, Reply, Request,
-    spec::{Console, ConsoleMode, Entropy, Serial, Transport},
-};
-use nacelle::{
-    controller::{Controller, Mailbox},
-    metrics::Milestones,
-    signals::Signals,
-    vm::{Ending, build},
-};
+use api::spec::{Console, ConsoleMode, Entropy, Serial, Transport};
 
 use crate::{
     kernel::Kernel,
@@ -210,63 +196,4 @@ fn a_socket_is_the_console_and_goes_with_the_machine() {
     let ended = vm.succeed();
     ended.is("heard", "three four");
     assert!(!path.exists(), "the socket was left behind");
-}
-
-/// The door is not open to other programs yet, so this machine is built in this one.
-#[test]
-fn the_power_button_arrives_also_after_pauses() {
-    // A key event is 24 bytes: time, type, code (116, power), value.
-    let script = r#"
-        fact button $(cat /sys/class/input/event0/device/name)
-        exec 3< /dev/input/event0
-        echo ready
-        head -c 24 <&3 > /tmp/key
-        fact key $(hexdump -s 18 -n 2 -e '1/2 "%u"' /tmp/key)"#;
-    let mut setup = Setup::new(Kernel::debian(), Transport::Pci).script(script);
-    let fifo = setup.folder().join("serial");
-    let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
-    assert!(made.success());
-    setup.spec.serial = Some(Serial { serial_out_path: Some(fifo.clone()), ..Serial::default() });
-    setup.write();
-
-    // Read-write, so that opening waits for nobody and the end does not come early.
-    let reader = fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
-    let console = crate::process::Stream::of(reader);
-    let mailbox = Mailbox::new().unwrap();
-    let (door, report) = (mailbox.handle(), mailbox.handle());
-    let plan = build::Plan {
-        spec: &setup.spec,
-        milestones: Arc::new(Milestones::default()),
-        ended: Arc::new(move |ending| report.ended(ending)),
-        keyboard: false,
-        boot_timer: false,
-    };
-    let vm = build::build(&plan).unwrap_or_else(|e| panic!("{e:?}"));
-    let (tell, told) = mpsc::channel();
-    thread::spawn(move || {
-        let signals = Signals::block(&[]).unwrap();
-        let mut controller = Controller::new("test".to_owned(), vm, mailbox, signals);
-        controller.start().unwrap();
-        tell.send(controller.run().unwrap()).unwrap();
-    });
-
-    let deadline = crate::process::within(180);
-    let state = || match door.call(Request::Info).unwrap() {
-        Reply::Info(info) => info.state,
-        other => panic!("{other:?}"),
-    };
-    assert!(console.heard("@button=Power Button\n", deadline), "{}", console.text());
-    for _ in 0..5 {
-        assert_eq!(door.call(Request::Pause), Ok(Reply::Done));
-        assert_eq!(state(), MachineState::Paused);
-        assert!(door.call(Request::PowerButton).is_err(), "a paused guest cannot notice");
-        assert_eq!(door.call(Request::Resume), Ok(Reply::Done));
-        assert_eq!(state(), MachineState::Running);
-    }
-    assert!(console.heard("ready\n", deadline), "{}", console.text());
-    assert_eq!(door.call(Request::PowerButton), Ok(Reply::Done));
-    let ending = told.recv_timeout(Duration::from_secs(180));
-    assert_eq!(ending, Ok(Ending::Off), "{}", console.text());
-    assert!(console.heard("@exit=0\n", deadline), "{}", console.text());
-    assert!(console.text().contains("@key=116\n"), "{}", console.text());
 }

@@ -2,7 +2,7 @@
 //! guest, the host's own files, taps and sockets.
 //!
 //! ```text
-//!   boot  block  net  vsock   hostile         what is tested
+//!   boot  block  net  vsock   hostile  api_*         what is tested
 //!        |                       |
 //!        v                       |
 //!   vm: Setup -> Vm -> Ended     |            one machine: its process, console and log
@@ -20,6 +20,8 @@
 //! Nothing here waits by looking again after a while: every wait is for an event (a line of
 //! the console, the end of a process) and has a deadline, and a missed one shows the console.
 
+mod api_curl;
+mod api_life;
 mod block;
 mod boot;
 mod guest;

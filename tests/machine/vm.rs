@@ -7,15 +7,19 @@
 //! ```
 
 use std::{
+    ffi::OsStr,
     fs::{self, File, OpenOptions},
     io::Write,
     os::unix::net::UnixStream,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use api::spec::{ConsoleMode, Serial, Spec, Transport};
+use api::{
+    client::Client,
+    spec::{ConsoleMode, Serial, Spec, Transport},
+};
 use tempfile::TempDir;
 
 use crate::{
@@ -44,9 +48,8 @@ pub struct Setup {
 impl Setup {
     /// One vCPU, 256 MiB, serial port on standard output, no devices; ends by `reboot=k`.
     pub fn new(kernel: Kernel, transport: Transport) -> Setup {
-        let text = r#"{"boot-source": {"kernel_image_path": ""},
-                       "machine-config": {"vcpu_count": 1, "mem_size_mib": 256}}"#;
-        let mut spec = Spec::from_json(Path::new("test"), text).unwrap();
+        let mut spec = Spec::default();
+        (spec.machine_config.vcpu_count, spec.machine_config.mem_size_mib) = (1, 256);
         spec.boot_source.boot_args = Some(format!("{BOOT_ARGS} reboot=k"));
         spec.machine_config.transport = transport;
         let folder = tempfile::tempdir().unwrap();
@@ -107,9 +110,30 @@ impl Setup {
     /// Starts the machine, and connects to its serial port where that is not standard output.
     pub fn start(mut self) -> Vm {
         self.write();
+        let config = self.folder.path().join("machine.json");
+        self.spawn(["--no-api".as_ref(), "--config-file".as_ref(), config.as_os_str()])
+    }
+
+    /// The same with an API socket beside, see [`Vm::client`].
+    pub fn start_with_api(mut self) -> Vm {
+        self.write();
+        let (config, socket) = (self.folder.path().join("machine.json"), self.folder.path().join("api"));
+        let flags = ["--api-sock".as_ref(), socket.as_os_str(), "--config-file".as_ref(), config.as_os_str()];
+        self.spawn(flags)
+    }
+
+    /// Starts a monitor that knows of no machine yet; the initrd and what [`Setup::spec`] says
+    /// are for requests through [`Vm::client`].
+    pub fn start_empty(mut self) -> (Vm, Spec) {
+        self.write();
+        let (spec, socket) = (self.spec.clone(), self.folder.path().join("api"));
+        (self.spawn(["--api-sock".as_ref(), socket.as_os_str()]), spec)
+    }
+
+    fn spawn<const N: usize>(mut self, flags: [&OsStr; N]) -> Vm {
         let mut command = Command::new(env!("CARGO_BIN_EXE_nacelle"));
-        command.args(["vmm", "--no-api", "--level", "Info", "--show-counters", "--config-file"]);
-        command.arg(self.folder.path().join("machine.json")).args(&self.flags);
+        command.args(["vmm", "--level", "Info", "--show-counters"]);
+        command.args(flags).args(&self.flags);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Process::new(command.spawn().unwrap());
         let log = Stream::of(process.child().stderr.take().unwrap());
@@ -174,6 +198,24 @@ impl Vm {
         let input = self.input.as_mut().expect("this console takes no input");
         input.write_all(format!("{line}\n").as_bytes()).unwrap();
         input.flush().unwrap();
+    }
+
+    /// A client of the API, once it is served.
+    pub fn client(&self) -> Client {
+        let socket = self.socket();
+        // Listening is the first thing that can be seen of a monitor without a machine.
+        while UnixStream::connect(&socket).is_err() {
+            if Instant::now() > self.deadline {
+                self.fail("The API is not served");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Client::unix(socket)
+    }
+
+    /// Path of the API's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("api")
     }
 
     /// Sends the monitor a signal.

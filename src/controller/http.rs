@@ -1,0 +1,135 @@
+//! HTTP requests of the machine's own API socket.
+//!
+//! Most are parsed and rendered by [`api::routes`] and carried out like any other request.
+//! Served here are those that are not one question and one answer: streams and waits.
+
+use std::time::{Duration, Instant};
+
+use api::{
+    Fault, FaultKind, Reply, Request,
+    http::{self, Response},
+    routes,
+};
+use serde::Deserialize;
+
+use super::Controller;
+use crate::{
+    phase::Phase,
+    server::{Answer, Server, Ticket},
+};
+
+/// How long a guest has to shut itself down when nothing else is said.
+const SHUTDOWN_SECONDS: u64 = 30;
+
+/// The body of `PUT /vm/shutdown`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shutdown {
+    /// Seconds until the machine is ended whatever the guest does.
+    #[serde(default = "shutdown_seconds")]
+    timeout_s: u64,
+}
+
+fn shutdown_seconds() -> u64 {
+    SHUTDOWN_SECONDS
+}
+
+impl Controller {
+    /// Serves what clients of the socket have sent.
+    pub(super) fn serve(&mut self) -> std::io::Result<()> {
+        // The server is taken out while it calls back, because what it calls needs the rest.
+        let Some(mut server) = self.server.take() else { return Ok(()) };
+        self.serving = true;
+        let served = server.serve(&mut |request, ticket| self.answer(&request, ticket));
+        self.serving = false;
+        self.attend(&mut server);
+        self.server = Some(server);
+        served
+    }
+
+    /// Passes on what was announced while the server was busy calling.
+    fn attend(&mut self, server: &mut Server) {
+        for (kind, details) in std::mem::take(&mut self.unannounced) {
+            self.events.add(kind, details, Some(server));
+        }
+        self.waiting.retain(|ticket| server.is_open(*ticket));
+    }
+
+    fn answer(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
+        match (request.method, request.path.as_str()) {
+            (http::Method::Get, "/healthz") => Answer::Now(Response::value(&self.info())),
+            (http::Method::Get, "/events") => self.follow(request, ticket),
+            (http::Method::Post, "/vm/wait") => {
+                self.waiting.push(ticket);
+                Answer::Later
+            }
+            (http::Method::Put, "/vm/shutdown") => self.shut_down(request, ticket),
+            _ => Answer::Now(self.ask(request)),
+        }
+    }
+
+    fn ask(&mut self, request: &http::Request) -> Response {
+        log::debug!("{} {}", request.method, request.path);
+        let parsed = routes::parse(request.method.name(), &request.path, &request.body);
+        let (outcome, deprecation) = match parsed {
+            Ok(parsed) => (self.obey(parsed.request), parsed.deprecation),
+            Err(fault) => (Err(fault), None),
+        };
+        if let Err(fault) = &outcome {
+            log::warn!("{} {} was refused: {fault}", request.method, request.path);
+        }
+        let mut response = rendered(&outcome);
+        if let Some(text) = deprecation {
+            log::warn!("{text}");
+            response = response.with("Deprecation", "true");
+        }
+        response
+    }
+
+    fn follow(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
+        let since = request.query.split('&').find_map(|part| part.strip_prefix("since="));
+        let seen = match since.map(str::parse::<u64>).transpose() {
+            Ok(seen) => seen.unwrap_or(0),
+            Err(_) => {
+                let text = "since is no number; it is the sequence of the last event that was read";
+                return Answer::Now(rendered(&Err(Fault::new(FaultKind::Invalid, text))));
+            }
+        };
+        let backlog = self.events.backlog(seen);
+        self.events.subscribe(ticket);
+        Answer::Stream(Response::text("application/x-ndjson", backlog))
+    }
+
+    fn shut_down(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
+        let body = if request.body.is_empty() { b"{}" } else { &request.body[..] };
+        let asked = serde_json::from_slice::<Shutdown>(body)
+            .map_err(|e| Fault::new(FaultKind::Invalid, api::explain_json(&e)))
+            .and_then(|shutdown| {
+                // A guest that stands still cannot hear; there is nothing to wait for.
+                let wait = match self.phase {
+                    Phase::Running => self.obey(Request::PowerButton).map(|_| shutdown.timeout_s)?,
+                    _ => 0,
+                };
+                let now = Instant::now();
+                self.phase.after(crate::phase::Verb::Stop)?;
+                Ok(now.checked_add(Duration::from_secs(wait)).unwrap_or(now))
+            });
+        match asked {
+            Ok(deadline) => {
+                self.deadline = Some(self.deadline.map_or(deadline, |earlier| earlier.min(deadline)));
+                self.waiting.push(ticket);
+                Answer::Later
+            }
+            Err(fault) => Answer::Now(rendered(&Err(fault))),
+        }
+    }
+}
+
+fn rendered(outcome: &Result<Reply, Fault>) -> Response {
+    let rendered = routes::render(outcome);
+    match rendered.content_type {
+        "" => Response::done(),
+        "application/json" => Response::json(rendered.status, rendered.body),
+        other => Response::text(other, rendered.body),
+    }
+}

@@ -1,0 +1,379 @@
+//! The thread that owns the machine.
+//!
+//! Everything that happens to a machine happens here, one thing at a time: requests from the
+//! API's socket or another thread ([`Handle`]), endings reported by vCPUs and power registers,
+//! signals. Nobody else holds the machine, so nothing needs a lock and no two changes cross.
+//!
+//! ```text
+//!   API socket: server ──► http.rs ─┐
+//!   Handle::call ──┐                ├─► phase.rs: allowed? ─► draft.rs (before the start)
+//!   vCPU: ended ───┼► queue + bell ─┘                       └► live.rs  (after it)
+//!   power button ──┘        ▲
+//!   SIGTERM ─── signalfd ───┘                    events.rs: what happened, for readers
+//! ```
+//!
+//! The API is served on this thread too: a request then costs no switch to another one, and
+//! while the machine is busy with a change nobody could be answered anyway.
+//!
+//! Before the start there is only a specification, which requests change; the machine is built
+//! when it is told to start, all at once, so a refused start leaves nothing behind.
+
+mod draft;
+mod events;
+mod http;
+mod live;
+
+use std::{
+    io,
+    os::fd::AsRawFd,
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use api::{
+    Control, Fault, FaultKind, MachineInfo, Reply, Request, Spec,
+    spec::{self, Logger},
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::{
+    logger,
+    metrics::{Milestone, Milestones},
+    phase::{Phase, Verb},
+    server::Server,
+    signals::Signals,
+    vm::{Ending, Vm, build},
+};
+use events::Events;
+use live::Live;
+
+/// How long a caller waits for its answer before it is told that the machine is stuck.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+/// How long clients are waited for at the end, when they have still to read an answer.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+enum Event {
+    Call(Request, mpsc::SyncSender<Result<Reply, Fault>>),
+    Ended(Ending),
+}
+
+/// Where events for a controller are put. Cheap to clone, usable from any thread.
+#[derive(Clone)]
+pub struct Handle {
+    events: mpsc::Sender<Event>,
+    bell: Arc<EventFd>,
+}
+
+impl Handle {
+    /// Reports that the guest ended or cannot go on.
+    pub fn ended(&self, ending: Ending) {
+        let _ = self.put(Event::Ended(ending));
+    }
+
+    fn put(&self, event: Event) -> Result<(), Fault> {
+        let gone = || Fault::new(FaultKind::Conflict, "The machine has ended");
+        self.events.send(event).map_err(|_| gone())?;
+        self.bell.write(1).map_err(|_| gone())
+    }
+}
+
+impl Control for Handle {
+    fn call(&self, request: Request) -> Result<Reply, Fault> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.put(Event::Call(request, reply))?;
+        answer.recv_timeout(ANSWER_DEADLINE).unwrap_or_else(|_| {
+            Err(Fault::new(FaultKind::Internal, "The machine did not answer in time; it may have ended"))
+        })
+    }
+}
+
+/// Where events come from: made before the machine, because the machine's own parts report
+/// through it.
+struct Mailbox {
+    handle: Handle,
+    events: mpsc::Receiver<Event>,
+    bell: Arc<EventFd>,
+}
+
+impl Mailbox {
+    fn new() -> io::Result<Mailbox> {
+        let bell = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let (sender, events) = mpsc::channel();
+        let handle = Handle { events: sender, bell: Arc::clone(&bell) };
+        Ok(Mailbox { handle, events, bell })
+    }
+}
+
+/// What a controller is told when it is made: what no request can change.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// Name of the machine (`--id`).
+    pub id: String,
+    /// Attach devices through PCI (`--enable-pci`), whatever the specification says.
+    pub pci: bool,
+    /// Put the boot timer's register in its place (`--boot-timer`).
+    pub boot_timer: bool,
+    /// Show a keyboard controller, for `SendCtrlAltDel`.
+    pub keyboard: bool,
+    /// Where the log goes and what it holds, as the command line says it.
+    pub log: Logger,
+}
+
+/// The owner of one machine.
+pub struct Controller {
+    settings: Settings,
+    milestones: Arc<Milestones>,
+    phase: Phase,
+    spec: Spec,
+    live: Option<Live>,
+    server: Option<Server>,
+    events: Events,
+    /// What happened while the server was busy with the request that made it happen.
+    unannounced: Vec<(&'static str, serde_json::Value)>,
+    /// The server is calling.
+    serving: bool,
+    /// Clients of `POST /vm/wait` and `PUT /vm/shutdown`.
+    waiting: Vec<crate::server::Ticket>,
+    /// When a machine that was asked to shut down is ended.
+    deadline: Option<Instant>,
+    mailbox: Mailbox,
+    signals: Signals,
+}
+
+impl Controller {
+    /// An owner without a machine yet; `spec` is what is known of it. With a `server`,
+    /// requests come from there.
+    pub fn new(
+        settings: Settings,
+        milestones: Arc<Milestones>,
+        spec: Spec,
+        server: Option<Server>,
+        signals: Signals,
+    ) -> io::Result<Controller> {
+        let mut controller = Controller {
+            settings,
+            milestones,
+            phase: Phase::NotStarted,
+            spec,
+            live: None,
+            server,
+            events: Events::default(),
+            unannounced: Vec::new(),
+            serving: false,
+            waiting: Vec::new(),
+            deadline: None,
+            mailbox: Mailbox::new()?,
+            signals,
+        };
+        controller.keep_transport();
+        Ok(controller)
+    }
+
+    /// A door for other threads.
+    pub fn handle(&self) -> Handle {
+        self.mailbox.handle.clone()
+    }
+
+    /// Builds and starts the machine before the first event is looked at.
+    pub fn start(&mut self) -> Result<(), Fault> {
+        self.obey(Request::Start).map(|_| ())
+    }
+
+    /// Serves events until the machine ends, and says why it did.
+    pub fn run(&mut self) -> io::Result<Ending> {
+        loop {
+            self.wait()?;
+            if let Some(number) = self.signals.next() {
+                return Ok(self.end(Ending::Signal(number)));
+            }
+            let _ = self.mailbox.bell.read();
+            while let Ok(event) = self.mailbox.events.try_recv() {
+                match event {
+                    Event::Ended(ending) => return Ok(self.end(ending)),
+                    Event::Call(request, reply) => {
+                        let _ = reply.send(self.obey(request));
+                    }
+                }
+            }
+            self.serve()?;
+            if self.phase == Phase::Ended {
+                return Ok(self.end(Ending::Stopped));
+            }
+            if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return Ok(self.end(Ending::Stopped));
+            }
+        }
+    }
+
+    /// The machine, once it was built.
+    pub fn vm(&self) -> Option<&Vm> {
+        self.live.as_ref().map(|live| &live.vm)
+    }
+
+    /// The specification as it stands.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    fn end(&mut self, ending: Ending) -> Ending {
+        self.phase = Phase::Ended;
+        self.milestones.reached(Milestone::Ended);
+        let end = serde_json::json!({ "reason": ending.reason(), "exit_code": ending.exit_code() });
+        self.announce("Ended", end.clone());
+        if let Some(server) = &mut self.server {
+            let response = api::http::Response::value(&end);
+            for ticket in self.waiting.drain(..) {
+                server.answer(ticket, &response);
+            }
+            self.events.finish(server);
+            server.flush(FAREWELL);
+        }
+        ending
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        let watch = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let server = self.server.as_ref().map_or(-1, Server::as_raw_fd);
+        let mut fds = [watch(self.mailbox.bell.as_raw_fd()), watch(self.signals.as_raw_fd()), watch(server)];
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        // Rounded up, so that the deadline has passed when the wait is over.
+        let timeout = left.map_or(-1, |left| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX));
+        // SAFETY: the array has three entries; a negative descriptor is passed over.
+        match unsafe { libc::poll(fds.as_mut_ptr(), 3, timeout) } {
+            -1 => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+                e => Err(e),
+            },
+            _ => Ok(()),
+        }
+    }
+
+    /// Carries out one request, or refuses it and changes nothing.
+    fn obey(&mut self, request: Request) -> Result<Reply, Fault> {
+        let next = self.phase.after(verb(&request))?;
+        let before = self.phase;
+        let reply = match request {
+            Request::Info => Ok(Reply::Info(self.info())),
+            Request::Version => Ok(Reply::Version(api::FIRECRACKER_VERSION.to_owned())),
+            Request::Config => Ok(Reply::Config(Box::new(self.spec.clone()))),
+            Request::MachineConfig => Ok(Reply::MachineConfig(self.spec.machine_config.clone())),
+            Request::PutLogger(patch) => self.put_logger(patch),
+            Request::Start => self.launch().map(|()| Reply::Done),
+            Request::Stop => Ok(Reply::Done),
+            other => match &mut self.live {
+                Some(live) => live.change(&mut self.spec, other, before),
+                None => draft::change(&self.spec, other).map(|(spec, reply)| {
+                    self.spec = spec;
+                    self.keep_transport();
+                    reply
+                }),
+            },
+        }?;
+        self.phase = next;
+        if next != before {
+            self.announce(next.name(), serde_json::Value::Null);
+        }
+        Ok(reply)
+    }
+
+    /// Firecracker's clients know nothing of a transport in the machine's configuration.
+    fn keep_transport(&mut self) {
+        if self.settings.pci {
+            self.spec.machine_config.transport = spec::Transport::Pci;
+        }
+    }
+
+    fn put_logger(&mut self, patch: spec::LoggerPatch) -> Result<Reply, Fault> {
+        let wanted = patch.applied_to(self.spec.logger.as_ref().unwrap_or(&self.settings.log));
+        logger::start(&self.settings.id, &wanted).map_err(|e| Fault {
+            kind: FaultKind::Invalid,
+            message: "The log cannot be opened".to_owned(),
+            causes: vec![e.to_string()],
+        })?;
+        self.spec.logger = Some(wanted);
+        Ok(Reply::Done)
+    }
+
+    fn launch(&mut self) -> Result<(), Fault> {
+        self.spec.check()?;
+        let report = self.mailbox.handle.clone();
+        let plan = build::Plan {
+            spec: &self.spec,
+            milestones: Arc::clone(&self.milestones),
+            ended: Arc::new(move |ending| report.ended(ending)),
+            keyboard: self.settings.keyboard,
+            boot_timer: self.settings.boot_timer,
+        };
+        let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
+        self.milestones.reached(Milestone::Built);
+        vm.run().map_err(|e| Fault::from_error(e.kind(), &e))?;
+        self.live = Some(Live { vm });
+        crate::footprint::give_back_program_text();
+        Ok(())
+    }
+
+    fn announce(&mut self, kind: &'static str, details: serde_json::Value) {
+        if self.serving {
+            self.unannounced.push((kind, details));
+        } else {
+            self.events.add(kind, details, self.server.as_mut());
+        }
+    }
+
+    fn info(&self) -> MachineInfo {
+        MachineInfo {
+            id: self.settings.id.clone(),
+            state: self.phase.shown(),
+            vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+            app_name: "nacelle".to_owned(),
+        }
+    }
+}
+
+/// What kind of request this is, for the rules of [`Phase`].
+fn verb(request: &Request) -> Verb {
+    match request {
+        Request::Info | Request::Version | Request::Config | Request::MachineConfig => Verb::Look,
+        Request::Balloon | Request::Mmds | Request::PutMmds(_) | Request::PatchMmds(_) => Verb::Look,
+        Request::PutLogger(_) => Verb::Look,
+        Request::PutBootSource(_)
+        | Request::PutMachineConfig(_)
+        | Request::PutCpuConfig(_)
+        | Request::PutVsock(_)
+        | Request::PutEntropy(_)
+        | Request::PutSerial(_)
+        | Request::PutBalloon(_)
+        | Request::PutMemoryHotplug(_)
+        | Request::PutMmdsConfig(_)
+        | Request::PutMetrics(_)
+        | Request::LoadSnapshot => Verb::Prepare,
+        // Before the start they describe the machine, after it they change it.
+        Request::PatchMachineConfig(_)
+        | Request::PutDrive(_)
+        | Request::PutPmem(_)
+        | Request::PutNetworkInterface(_) => Verb::Look,
+        Request::BalloonStatistics
+        | Request::HintingStatus
+        | Request::MemoryHotplug
+        | Request::Counters
+        | Request::OpenMetrics
+        | Request::FlushMetrics
+        | Request::PatchDrive(_)
+        | Request::DeleteDrive(_)
+        | Request::PatchPmem(_)
+        | Request::DeletePmem(_)
+        | Request::PatchNetworkInterface(_)
+        | Request::DeleteNetworkInterface(_)
+        | Request::PatchBalloon(_)
+        | Request::PatchBalloonStatistics(_)
+        | Request::StartHinting(_)
+        | Request::StopHinting
+        | Request::PatchMemoryHotplug(_) => Verb::Change,
+        Request::CreateSnapshot | Request::CoreDump(_) => Verb::Copy,
+        Request::Start => Verb::Start,
+        Request::Pause => Verb::Pause,
+        Request::Resume => Verb::Resume,
+        Request::PowerButton | Request::CtrlAltDel | Request::Nmi => Verb::Press,
+        Request::Stop => Verb::Stop,
+    }
+}
