@@ -17,13 +17,17 @@
 //! flood on standard input stays in the sender's pipe. The pump starts with the first use:
 //! the guest enables the receive interrupt (before that, Linux throws input away), or output
 //! has to wait. A machine whose console is a file or nothing never starts it.
+//!
+//! A limit of output, if there is one, drops what is beyond it and counts it, as Firecracker
+//! does: holding it would either stop the vCPU or need memory without end, and the guest is
+//! told by nothing in a UART that it should wait.
 
 use std::{
     io::{self, Write},
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -42,6 +46,7 @@ use super::{
 };
 use crate::{
     bus::Registers,
+    limiter::{self, Bucket, BucketConfig},
     state::{Section, StateError},
     virtio::queue::Queue,
     worker::{Handler, HandlerId, Source, Watch, Worker},
@@ -98,11 +103,20 @@ struct Sender {
     wire: Arc<Wire>,
     /// Bytes wait for the pump; looked at once the register is written.
     backlog: bool,
+    /// A limit of bytes.
+    limit: Option<Bucket>,
+    /// Bytes beyond it.
+    limited: Arc<AtomicU64>,
 }
 
 impl Write for Sender {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.backlog |= self.wire.write(bytes);
+        let passes = |bucket: &mut Bucket| bucket.take(bytes.len() as u64, limiter::now());
+        if self.limit.as_mut().is_none_or(passes) {
+            self.backlog |= self.wire.write(bytes);
+        } else {
+            self.limited.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
         Ok(bytes.len())
     }
     fn flush(&mut self) -> io::Result<()> {
@@ -116,6 +130,7 @@ pub struct Serial {
     wire: Arc<Wire>,
     worker: Worker,
     pump: Mutex<Running>,
+    limited: Arc<AtomicU64>,
 }
 
 enum Running {
@@ -137,13 +152,21 @@ impl Serial {
     pub fn with_wire(wire: Wire, line: EventFd, worker: Worker) -> Serial {
         let wire = Arc::new(wire);
         let room = Room { wake: Wake::new(&wire), wanted: Arc::default() };
-        let sender = Sender { wire: Arc::clone(&wire), backlog: false };
+        let limited = Arc::default();
+        let sender =
+            Sender { wire: Arc::clone(&wire), backlog: false, limit: None, limited: Arc::clone(&limited) };
         let uart = Arc::new(Mutex::new(Uart::with_events(Line(line), room, sender)));
         let pump = match wire.needs_no_pump() {
             true => Running::Never,
             false => Running::NotYet(Pump::new(&wire)),
         };
-        Serial { uart, wire, worker, pump: Mutex::new(pump) }
+        Serial { uart, wire, worker, pump: Mutex::new(pump), limited }
+    }
+
+    /// Limits output from now on, or no longer; bytes beyond the limit are dropped and
+    /// counted. The bucket is full at first. It belongs to this process and is not saved.
+    pub fn limit(&self, limit: Option<BucketConfig>) {
+        lock(&self.uart).writer_mut().limit = limit.and_then(|config| Bucket::new(config, limiter::now()));
     }
 
     /// Path of the file, pseudo-terminal or socket at the far end.
@@ -158,7 +181,9 @@ impl Serial {
 
     /// Counters for metrics, by name.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.wire.counters()
+        let mut counters = self.wire.counters();
+        counters.push(("rate_limiter_dropped_bytes", self.limited.load(Ordering::Relaxed)));
+        counters
     }
 
     /// The UART's registers and the input the guest has not read. Output that waits for the
@@ -189,7 +214,9 @@ impl Serial {
             let line = uart.interrupt_evt().0.try_clone();
             let impossible = |reason: String| StateError::Impossible { kind: KIND, reason };
             let line = Line(line.map_err(|e| impossible(format!("no descriptor for its interrupt: {e}")))?);
-            let sender = Sender { wire: Arc::clone(&self.wire), backlog: false };
+            let (wire, limited) = (Arc::clone(&self.wire), Arc::clone(&self.limited));
+            let limit = uart.writer_mut().limit.clone();
+            let sender = Sender { wire, backlog: false, limit, limited };
             let events = uart.events().clone();
             *uart = Uart::from_state(&state, line, events, sender).map_err(|e| impossible(e.to_string()))?;
         }

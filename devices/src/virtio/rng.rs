@@ -12,27 +12,34 @@
 //! The host's generator writes straight into guest memory; nothing is buffered here. A guest
 //! decides how many bytes it asks for, so one request gets at most
 //! [`RNG_REQUEST_MAX`] of them: section 5.4.6 allows fewer than asked, as long as it is one.
+//!
+//! A limiter counts requests and the bytes they are given (not those asked for). A request
+//! that has to wait stays in the driver's ring.
 
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
 };
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use crate::{
+    limiter::{Gate, LimiterConfig, LimiterState, Throttle},
     limits::{RNG_REQUEST_MAX, TURN_BUDGET},
-    state::Section,
+    state::{Section, StateError},
     virtio::{
-        About, Active, DeviceError, F_COMMON, Interrupt, VirtioDevice,
+        About, Active, Change, DeviceError, F_COMMON, Interrupt, VirtioDevice,
         queue::{Chain, Queue, QueueError},
     },
     worker::{Handler, HandlerId, Source, Watch, Worker},
 };
 
 const KIND: &str = "virtio-rng";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const QUEUE_SIZE: u16 = 64;
+const BELL: u32 = 0;
+const TIMER: u32 = 1;
 
 #[derive(Debug, Default)]
 struct Counters {
@@ -45,12 +52,31 @@ struct Counters {
 pub struct Rng {
     about: About,
     counters: Arc<Counters>,
-    running: Option<(Worker, HandlerId)>,
+    throttle: Arc<Throttle>,
+    running: Option<Running>,
+}
+
+struct Running {
+    worker: Worker,
+    id: HandlerId,
+    /// Rung when the limits change.
+    bell: EventFd,
+}
+
+/// What is saved of a device, version 2.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    limiter: LimiterState,
 }
 
 impl Rng {
-    /// A device nobody has driven yet.
+    /// A device without limits that nobody has driven yet.
     pub fn new() -> Rng {
+        Rng::limited(LimiterConfig::default())
+    }
+
+    /// The same with limits of requests and of the bytes they are given.
+    pub fn limited(limits: LimiterConfig) -> Rng {
         let about = About {
             kind: KIND,
             device_id: 4,
@@ -60,7 +86,7 @@ impl Rng {
             queues: vec![QUEUE_SIZE],
             config_len: 0,
         };
-        Rng { about, counters: Arc::default(), running: None }
+        Rng { about, counters: Arc::default(), throttle: Throttle::new(limits), running: None }
     }
 }
 
@@ -83,29 +109,51 @@ impl VirtioDevice for Rng {
         let Active { queues, interrupt, worker, .. } = active;
         let Some((queue, kick)) = queues.into_iter().next() else { return Ok(()) };
         let counters = Arc::clone(&self.counters);
-        let server = Server { queue, kick, chain: Chain::new(), interrupt, counters };
+        let bell = kick.try_clone().map_err(|source| host("started", source))?;
+        let gate = Gate::new(Arc::clone(&self.throttle), TIMER);
+        let server = Server { queue, kick, gate, chain: Chain::new(), interrupt, counters, broken: false };
         let id = worker.add(Box::new(server)).map_err(|source| host("started", source))?;
-        self.running = Some((worker, id));
+        self.running = Some(Running { worker, id, bell });
         Ok(())
     }
 
     fn stop(&mut self) -> Result<Vec<Queue>, DeviceError> {
-        let Some((worker, id)) = self.running.take() else { return Ok(Vec::new()) };
+        let Some(Running { worker, id, .. }) = self.running.take() else { return Ok(Vec::new()) };
         worker.remove(id).map_err(|source| host("stopped", source))
     }
 
     fn save(&self) -> Section {
-        Section::new(KIND, VERSION, &())
+        Section::new(KIND, VERSION, &Saved { limiter: self.throttle.save() })
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), DeviceError> {
-        Ok(section.open::<()>(KIND, VERSION)?)
+        let saved: Saved = section.open(KIND, VERSION)?;
+        let impossible = |reason| StateError::Impossible { kind: KIND, reason };
+        Ok(self.throttle.restore(&saved.limiter).map_err(impossible)?)
+    }
+
+    fn update(&mut self, change: &Change) -> Result<(), DeviceError> {
+        let Change::Limits(limits) = change else {
+            return Err(DeviceError::Change(format!("An entropy device cannot be changed by {change:?}")));
+        };
+        self.throttle.change(*limits);
+        if let Some(running) = &self.running {
+            let _ = running.bell.write(1);
+        }
+        Ok(())
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let Counters { requests, bytes, errors } = &*self.counters;
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        vec![("requests", of(requests)), ("bytes", of(bytes)), ("errors", of(errors))]
+        let (throttled, woken) = self.throttle.counters();
+        vec![
+            ("requests", of(requests)),
+            ("bytes", of(bytes)),
+            ("errors", of(errors)),
+            ("entropy_rate_limiter_throttled", throttled),
+            ("rate_limiter_event_count", woken),
+        ]
     }
 }
 
@@ -117,29 +165,50 @@ fn host(what: &str, source: std::io::Error) -> DeviceError {
 struct Server {
     queue: Queue,
     kick: EventFd,
+    gate: Gate,
     chain: Chain,
     interrupt: Arc<dyn Interrupt>,
     counters: Arc<Counters>,
+    /// The driver broke the queue; a timer that still fires finds nothing to do.
+    broken: bool,
+}
+
+/// Why a turn ended.
+enum Served {
+    /// Nothing is left; the doorbell is armed.
+    Idle,
+    /// The limiter lets no more through now.
+    Limited,
+    /// There may be more; others are to run first.
+    Budget,
 }
 
 impl Handler for Server {
     fn sources(&self) -> Vec<Source> {
-        vec![Source::readable(&self.kick, 0)]
+        [Source::readable(&self.kick, BELL)].into_iter().chain(self.gate.source()).collect()
     }
 
-    fn ready(&mut self, _token: u32, _events: EventSet, watch: &mut Watch<'_>) {
-        let _ = self.kick.read();
+    fn ready(&mut self, token: u32, _events: EventSet, watch: &mut Watch<'_>) {
+        match token {
+            TIMER => self.gate.opened(),
+            _ => drop(self.kick.read()),
+        }
+        if self.broken || self.gate.is_shut() {
+            return;
+        }
         let served = self.serve();
         if self.queue.publish() {
             self.interrupt.queue(self.queue.index());
         }
         match served {
-            Ok(true) => {
-                // The budget is spent and requests are left: back in line behind the others.
+            Ok(Served::Idle) => {}
+            Ok(Served::Limited) if self.gate.sleep(watch) => {}
+            Ok(Served::Limited | Served::Budget) => {
+                // Requests are left: back in line behind the others.
                 let _ = self.kick.write(1);
             }
-            Ok(false) => {}
             Err(error) => {
+                self.broken = true;
                 log::warn!("The driver of the entropy device broke its queue: {error}");
                 self.counters.errors.fetch_add(1, Ordering::Relaxed);
                 self.interrupt.needs_reset();
@@ -154,15 +223,20 @@ impl Handler for Server {
 }
 
 impl Server {
-    /// Answers up to a turn's budget of requests; true when more may be waiting.
-    fn serve(&mut self) -> Result<bool, QueueError> {
+    /// Answers up to a turn's budget of requests.
+    fn serve(&mut self) -> Result<Served, QueueError> {
         self.queue.disarm();
         for _ in 0..TURN_BUDGET {
             // Between the last look and `arm` a request may have come that rings no bell.
             while !self.queue.pop(&mut self.chain)? {
                 if !self.queue.arm() {
-                    return Ok(false);
+                    return Ok(Served::Idle);
                 }
+            }
+            if !self.gate.pass(self.chain.writable_len().min(u64::from(RNG_REQUEST_MAX))) {
+                self.queue.undo_pop(1);
+                self.queue.disarm();
+                return Ok(Served::Limited);
             }
             let filled = fill(self.chain.writable());
             self.queue.mark_written(&self.chain, u64::from(filled));
@@ -170,7 +244,7 @@ impl Server {
             self.counters.requests.fetch_add(1, Ordering::Relaxed);
             self.counters.bytes.fetch_add(u64::from(filled), Ordering::Relaxed);
         }
-        Ok(true)
+        Ok(Served::Budget)
     }
 }
 
@@ -249,6 +323,93 @@ mod tests {
         }
         driver.stop(&mut rng).unwrap();
         assert!(rng.counters().contains(&("requests", TURN_BUDGET as u64 * u64::from(QUEUE_SIZE))));
+    }
+
+    fn ops(size: u64, refill_time_ms: u64) -> LimiterConfig {
+        let ops = Some(crate::limiter::BucketConfig { size, one_time_burst: 0, refill_time_ms });
+        LimiterConfig { ops, ..LimiterConfig::default() }
+    }
+
+    fn counter(rng: &Rng, name: &str) -> u64 {
+        rng.counters().into_iter().find(|(n, _)| *n == name).unwrap().1
+    }
+
+    /// A device that three of four requests pass, the last waiting for an hour.
+    fn limited() -> (Rng, Driver) {
+        let mut rng = Rng::limited(ops(3, 3 * 3_600_000));
+        let mut driver = Driver::for_device(&rng);
+        driver.start(&mut rng, F_COMMON).unwrap();
+        let buffer = driver.writable(16);
+        for _ in 0..4 {
+            driver.send(0, &[buffer]);
+        }
+        assert!((0..3).all(|_| driver.wait_used(0).unwrap().len == 16));
+        while counter(&rng, "entropy_rate_limiter_throttled") == 0 {
+            std::thread::yield_now();
+        }
+        (rng, driver)
+    }
+
+    #[test]
+    fn a_limited_device_answers_so_many_requests_and_goes_on_in_time() {
+        let mut rng = Rng::limited(ops(10, 400));
+        let mut driver = Driver::for_device(&rng);
+        driver.start(&mut rng, F_COMMON).unwrap();
+        let begun = std::time::Instant::now();
+        let buffer = driver.writable(16);
+        for _ in 0..15 {
+            driver.send(0, &[buffer]);
+        }
+        assert!((0..15).all(|_| driver.wait_used(0).unwrap().len == 16));
+        assert!(begun.elapsed() >= std::time::Duration::from_millis(190), "{:?}", begun.elapsed());
+        assert!(counter(&rng, "entropy_rate_limiter_throttled") > 0);
+        assert!(counter(&rng, "rate_limiter_event_count") > 0, "it was the timer that woke it");
+    }
+
+    #[test]
+    fn doorbells_do_not_move_a_device_that_waits_but_new_limits_do() {
+        let (mut rng, mut driver) = limited();
+        (0..20).for_each(|_| driver.kick(0));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(driver.rings[0].take_used().is_none());
+        assert_eq!(counter(&rng, "entropy_rate_limiter_throttled"), 1, "the doorbell is not heard");
+        let wrong = Change::Backing(None);
+        assert!(matches!(rng.update(&wrong), Err(DeviceError::Change(_))));
+        rng.update(&Change::Limits(ops(0, 0))).unwrap();
+        assert_eq!(driver.wait_used(0).unwrap().len, 16);
+    }
+
+    #[test]
+    fn a_request_that_waits_survives_a_stop_and_so_do_the_limits() {
+        let (mut rng, mut driver) = limited();
+        let positions = driver.stop(&mut rng).unwrap();
+        assert_eq!((positions[0].1.next_avail, positions[0].1.next_used), (3, 3));
+        let saved = rng.save();
+        let mut other = Rng::new();
+        other.restore(&saved).unwrap();
+        driver.start(&mut other, F_COMMON).unwrap();
+        while counter(&other, "entropy_rate_limiter_throttled") == 0 {
+            std::thread::yield_now();
+        }
+        other.update(&Change::Limits(ops(1, 1000))).unwrap();
+        assert_eq!(driver.wait_used(0).unwrap().len, 16);
+        let broken = LimiterState { ops: None, bandwidth: None };
+        other.restore(&Section::new(KIND, VERSION, &Saved { limiter: broken })).unwrap();
+        assert_eq!(other.throttle.config(), LimiterConfig::default());
+    }
+
+    #[test]
+    fn bytes_count_as_they_are_given_and_a_huge_request_passes() {
+        let bandwidth =
+            crate::limiter::BucketConfig { size: 100, one_time_burst: 0, refill_time_ms: 1 << 40 };
+        let mut rng = Rng::limited(LimiterConfig { bandwidth: Some(bandwidth), ops: None });
+        let mut driver = Driver::for_device(&rng);
+        driver.start(&mut rng, F_COMMON).unwrap();
+        let huge = driver.writable(1 << 20);
+        assert_eq!(driver.request(0, &[huge]), Some(RNG_REQUEST_MAX));
+        driver.stop(&mut rng).unwrap();
+        let debt = rng.throttle.save().bandwidth.unwrap().debt;
+        assert_eq!(debt, u64::from(RNG_REQUEST_MAX) - 100);
     }
 
     #[test]

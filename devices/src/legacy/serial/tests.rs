@@ -209,6 +209,25 @@ fn a_pending_transmit_interrupt_and_unread_input_survive_a_save() {
 }
 
 #[test]
+fn output_beyond_the_limit_is_dropped_and_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let rig = rig(&Output::File(path.clone()));
+    let bucket = |size| BucketConfig { size, one_time_burst: 3, refill_time_ms: 3_600_000 };
+    rig.serial.limit(Some(bucket(4)));
+    rig.print(b"0123456789");
+    assert_eq!(std::fs::read(&path).unwrap(), b"0123456");
+    assert_eq!(rig.counter("rate_limiter_dropped_bytes"), 3);
+    rig.serial.restore(&rig.serial.save()).unwrap();
+    rig.print(b"x");
+    assert_eq!(rig.counter("rate_limiter_dropped_bytes"), 4, "restored registers do not fill the bucket");
+    rig.serial.limit(Some(bucket(0)));
+    rig.print(b"all of this");
+    assert_eq!(std::fs::read(&path).unwrap(), b"0123456all of this");
+    assert_eq!(rig.counter("dropped_bytes"), 0, "the reader is not to blame");
+}
+
+#[test]
 fn impossible_state_is_refused_and_changes_nothing() {
     let rig = rig(&Output::None);
     rig.put(7, 0x5a);
