@@ -104,3 +104,17 @@ pub const CONSOLE_REQUEST_MAX: u64 = 1 << 20;
 /// How long a block queue looks for its driver's next request before it sleeps, where the
 /// driver was seen to be that quick.
 pub const BLOCK_LINGER: Duration = Duration::from_micros(10);
+
+/// Steps one turn of a balloon queue makes before its neighbours run: one for each page of a
+/// list, one for each 64 KiB of a range. About ten milliseconds at the worst.
+pub const BALLOON_TURN_STEPS: u64 = 4096;
+
+/// Bytes of one range that a balloon gives back at a time; the rest follows by itself.
+pub const BALLOON_PIECE: u64 = 64 << 20;
+
+/// Statistics in one buffer of a balloon's driver; a longer buffer is kept but not looked at.
+pub const BALLOON_STATISTICS_MAX: usize = 256;
+
+/// Pieces of a snapshot file's mapping that one balloon replaces by empty memory, each of
+/// which may split a mapping; further ones are given back without replacing them.
+pub const BALLOON_OVERLAYS_MAX: u32 = 8192;

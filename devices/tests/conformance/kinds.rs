@@ -12,6 +12,7 @@ use devices::{
     legacy::Output,
     virtio::{
         VirtioDevice,
+        balloon::{Balloon, BalloonConfig},
         block::{Block, BlockConfig},
         console::Console,
         net::{Net, Port},
@@ -44,6 +45,7 @@ pub fn kinds() -> Vec<Kind> {
         Kind { name: "net", make: |_| net(1), request: send_frame },
         Kind { name: "net with two pairs", make: |_| net(2), request: send_frame },
         Kind { name: "vsock", make: vsock, request: || (1, vec![Part::Read(vec![0; 44])]) },
+        Kind { name: "balloon", make: |_| balloon(), request: || (0, vec![Part::Read(vec![0xe8, 3, 0, 0])]) },
         Kind { name: "console", make: console, request: || (1, vec![Part::Read(b"hello\n".to_vec())]) },
     ]
 }
@@ -118,4 +120,16 @@ fn vsock(directory: &Path) -> Box<dyn VirtioDevice> {
 
 fn console(directory: &Path) -> Box<dyn VirtioDevice> {
     Box::new(Console::new(&Output::File(directory.join("output"))).unwrap())
+}
+
+/// With all it can have; its request gives back the page at 1000 times 4 KiB.
+fn balloon() -> Box<dyn VirtioDevice> {
+    let config = BalloonConfig {
+        amount_mib: 1,
+        deflate_on_oom: true,
+        stats_polling_interval_s: 1,
+        free_page_hinting: true,
+        free_page_reporting: true,
+    };
+    Box::new(Balloon::new(&config, 4).unwrap())
 }
