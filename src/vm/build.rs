@@ -295,8 +295,9 @@ fn attach_devices(spec: &Spec, places: &mut Places) -> Result<(), BuildError> {
         let device = vsock::Vsock::new(config).map_err(named("The vsock device".to_owned()))?;
         places.attach("vsock", Box::new(device))?;
     }
-    if spec.entropy.is_some() {
-        places.attach("entropy", Box::new(rng::Rng::new()) as Box<dyn VirtioDevice>)?;
+    if let Some(entropy) = &spec.entropy {
+        let device = rng::Rng::limited(limiter(entropy.rate_limiter.as_ref()));
+        places.attach("entropy", Box::new(device) as Box<dyn VirtioDevice>)?;
     }
     Ok(())
 }
@@ -359,16 +360,21 @@ fn block_config(drive: &spec::Drive) -> block::BlockConfig {
         queues: drive.num_queues,
         queue_size: drive.queue_size,
         discard: drive.discard,
+        limits: limiter(drive.rate_limiter.as_ref()),
+    }
+}
+
+/// One limit as devices take it.
+pub fn bucket(bucket: spec::TokenBucket) -> BucketConfig {
+    BucketConfig {
+        size: bucket.size,
+        one_time_burst: bucket.one_time_burst.unwrap_or(0),
+        refill_time_ms: bucket.refill_time,
     }
 }
 
 /// Limits as devices take them.
 pub fn limiter(limits: Option<&spec::RateLimiter>) -> LimiterConfig {
-    let bucket = |bucket: spec::TokenBucket| BucketConfig {
-        size: bucket.size,
-        one_time_burst: bucket.one_time_burst.unwrap_or(0),
-        refill_time_ms: bucket.refill_time,
-    };
     let limits = limits.copied().unwrap_or_default();
     LimiterConfig { bandwidth: limits.bandwidth.map(bucket), ops: limits.ops.map(bucket) }
 }
@@ -387,5 +393,7 @@ fn net_config(interface: &spec::NetworkInterface) -> Result<net::NetConfig, net:
         pairs: interface.num_queue_pairs,
         // Guests may bridge, as behind any network card.
         drop_spoofed: false,
+        rx_limits: limiter(interface.rx_rate_limiter.as_ref()),
+        tx_limits: limiter(interface.tx_rate_limiter.as_ref()),
     })
 }

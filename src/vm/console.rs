@@ -14,7 +14,10 @@ use devices::{
     worker::Worker,
 };
 
-use super::attach::{AttachError, Places};
+use super::{
+    attach::{AttachError, Places},
+    build,
+};
 
 /// Why a console could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +71,7 @@ impl Consoles {
             if let Some(place) = port.place() {
                 log::info!("The serial port is at {}", place.display());
             }
+            port.limit(wanted.rate_limiter.map(build::bucket));
             let port = Arc::new(port);
             ports.insert(serial::BASE.into(), serial::LEN.into(), port.clone())?;
             tables.push(acpi::SerialPort { port: serial::BASE, line: serial::GSI });

@@ -30,7 +30,6 @@ impl Spec {
         self.check_drives()?;
         self.check_network()?;
         self.check_consoles()?;
-        self.check_limits()?;
         self.check_balloon()?;
         self.check_memory_hotplug()?;
         self.check_mmds()?;
@@ -219,27 +218,6 @@ impl Spec {
             }
         }
         Ok(())
-    }
-
-    /// Limits are part of the format, and of a later version: a machine that would run
-    /// without the limit it was given is worse than none.
-    fn check_limits(&self) -> Result<(), Fault> {
-        let drives = self.drives.iter().filter(|d| d.rate_limiter.is_some()).map(|d| &d.drive_id);
-        let limited =
-            |n: &&super::NetworkInterface| n.rx_rate_limiter.is_some() || n.tx_rate_limiter.is_some();
-        let interfaces = self.network_interfaces.iter().filter(limited).map(|n| &n.iface_id);
-        let (entropy, serial) = ("entropy".to_owned(), "serial".to_owned());
-        let entropy = self.entropy.filter(|e| e.rate_limiter.is_some()).map(|_| &entropy);
-        let serial = self.serial.as_ref().filter(|s| s.rate_limiter.is_some()).map(|_| &serial);
-        match drives.chain(interfaces).chain(entropy).chain(serial).next() {
-            Some(id) => Err(Fault::new(
-                FaultKind::Unsupported,
-                format!(
-                    "Device {id:?} has a rate limiter, which this version does not enforce; leave it out"
-                ),
-            )),
-            None => Ok(()),
-        }
     }
 }
 

@@ -52,7 +52,8 @@ fn every_broken_rule_is_named() {
         (r#""vsock": {"guest_cid": 3, "uds_path": ""}"#, "0 bytes"),
         (r#""serial": {"mode": "file"}"#, "needs a path"),
         (r#""console": {"mode": "pty", "path": "x"}"#, "takes no path"),
-        (r#""entropy": {"rate_limiter": {"ops": {"size": 1, "refill_time": 1}}}"#, "rate limiter"),
+        (r#""entropy": {"rate_limiter": {"ops": {"size": -1, "refill_time": 1}}}"#, "u64"),
+        (r#""entropy": {"rate_limiter": {"ops": {"size": 1}}}"#, "refill_time"),
     ];
     for (part, expected) in cases {
         let fault = read(&with(&format!(", {part}"))).unwrap_err();

@@ -142,11 +142,11 @@ impl Gate {
         !self.throttle.active.load(Ordering::Relaxed) || self.ask(Cost::one(bytes), true)
     }
 
-    /// Whether a request of unknown length may be carried out: true when anything at all is
-    /// left. Its real cost is to be [charged](Gate::charge) afterwards. When false, the gate
-    /// is shut.
-    pub fn probe(&mut self) -> bool {
-        !self.throttle.active.load(Ordering::Relaxed) || self.ask(Cost::one(1), false)
+    /// Whether a request that moves `bytes` may be carried out, taking nothing: for one that
+    /// may fail, or whose length shows later (1 then). Its real cost is to be
+    /// [charged](Gate::charge) afterwards. When false, the gate is shut.
+    pub fn admits(&mut self, bytes: u64) -> bool {
+        !self.throttle.active.load(Ordering::Relaxed) || self.ask(Cost::one(bytes), false)
     }
 
     /// Takes the tokens of a request that was carried out and moved `bytes`, present or not.

@@ -290,7 +290,7 @@ fn saved_tokens_come_back_and_impossible_ones_do_not() {
 fn a_throttle_without_limits_lets_everything_through_and_counts_nothing() {
     let throttle = Throttle::new(LimiterConfig::default());
     let mut gate = Gate::new(Arc::clone(&throttle), 0);
-    assert!((0..1000).all(|_| gate.pass(u64::MAX) && gate.probe()));
+    assert!((0..1000).all(|_| gate.pass(u64::MAX) && gate.admits(u64::MAX)));
     assert!(!gate.is_shut() && gate.source().is_none());
     assert_eq!(throttle.counters(), (0, 0));
 }
@@ -311,11 +311,11 @@ fn a_gate_is_shut_until_its_timer_fires_or_the_limits_change() {
 }
 
 #[test]
-fn a_probe_needs_a_token_and_takes_none_but_a_charge_takes_all() {
+fn who_is_admitted_takes_nothing_but_a_charge_takes_all() {
     let throttle = Throttle::new(LimiterConfig { bandwidth: Some(config(1000, 0, 3_600_000)), ops: None });
     let mut gate = Gate::new(Arc::clone(&throttle), 0);
-    assert!(gate.probe() && gate.probe());
+    assert!(gate.admits(1) && gate.admits(1000));
     gate.charge(1500);
     assert_eq!(throttle.save().bandwidth.unwrap().debt, 500);
-    assert!(!gate.probe());
+    assert!(!gate.admits(1));
 }

@@ -40,6 +40,10 @@
 //! After a flush failed once, no flush succeeds until the driver resets the device or the
 //! owner replaces the disk: the kernel reports lost data only once, the guest may ask twice.
 
+//!
+//! **Limits.** Bandwidth counts the data of reads and writes, operations count requests of
+//! every kind, refused ones too. All queues of a disk share its limits.
+
 mod config;
 mod flight;
 mod job;
@@ -63,6 +67,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{
     Memory,
     disk::{self, Disk, DiskError, DiskOptions},
+    limiter::{LimiterConfig, LimiterState, Throttle},
     limits::{BLOCK_QUEUES_MAX, QUEUE_SIZE_MAX},
     state::{Section, StateError},
     virtio::{
@@ -75,7 +80,7 @@ use stats::Stats;
 use worker::{QueueHandler, Shared};
 
 const KIND: &str = "virtio-block";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const DEVICE_ID: u32 = 2;
 /// Mass storage controller, of no further class.
 const PCI_CLASS: u32 = 0x01_80_00;
@@ -122,6 +127,8 @@ pub struct BlockConfig {
     pub queue_size: u16,
     /// Lets the guest give space back to the host (discard, and write-zeroes that unmap).
     pub discard: bool,
+    /// Limits of requests and of the bytes of data they move.
+    pub limits: LimiterConfig,
 }
 
 impl BlockConfig {
@@ -137,6 +144,7 @@ impl BlockConfig {
             queues: 1,
             queue_size: 256,
             discard: false,
+            limits: LimiterConfig::default(),
         }
     }
 
@@ -176,6 +184,7 @@ struct Saved {
     queues: u16,
     read_only: bool,
     flush_failed: bool,
+    limiter: LimiterState,
 }
 
 /// The queue halves, while the driver runs.
@@ -196,6 +205,7 @@ pub struct Block {
     disk: Arc<Disk>,
     space: [u8; config::LEN],
     stats: Arc<Stats>,
+    throttle: Arc<Throttle>,
     running: Option<Running>,
     /// The size the driver knows is not the disk's: tell it at the next start.
     announce: bool,
@@ -238,6 +248,7 @@ impl Block {
             about,
             space: config::space(&disk, &settings),
             disk: Arc::new(disk),
+            throttle: Throttle::new(settings.limits),
             settings,
             stats: Arc::default(),
             running: None,
@@ -246,7 +257,7 @@ impl Block {
         })
     }
 
-    /// How it is attached. The path follows a replaced disk.
+    /// How it is attached. The path follows a replaced disk, the limits their changes.
     pub fn settings(&self) -> &BlockConfig {
         &self.settings
     }
@@ -278,6 +289,7 @@ impl Block {
         let shared = Arc::new(Shared {
             disk: Arc::clone(&self.disk),
             stats: Arc::clone(&self.stats),
+            throttle: Arc::clone(&self.throttle),
             interrupt: Arc::clone(&running.interrupt),
             memory: running.memory.clone(),
             terms: self.terms(running.features),
@@ -345,6 +357,37 @@ impl Block {
                 Err(self.host("it did not finish the requests it was given", e))
             }
         }
+    }
+
+    /// Looks at the backing file again, or at another one, with the driver running.
+    fn replace(&mut self, path: Option<&Path>) -> Result<(), DeviceError> {
+        let disk = self
+            .disk
+            .reopen(path)
+            .map_err(|e| self.host("its backing file was not changed", io::Error::other(e)))?;
+        let told = self.running.as_ref().map(|running| Arc::clone(&running.interrupt));
+        let landed = self.running.take().map(|running| self.land(running)).transpose();
+        let landed = landed.inspect_err(|_| told.iter().for_each(|driver| driver.needs_reset()))?;
+        if let Some(path) = path {
+            path.clone_into(&mut self.settings.path);
+        }
+        self.space = config::space(&disk, &self.settings);
+        self.disk = Arc::new(disk);
+        let Some((running, queues)) = landed else {
+            self.announce = true;
+            return Ok(());
+        };
+        let (interrupt, bells) = (Arc::clone(&running.interrupt), running.bells.clone());
+        let launched = self.launch(running, queues);
+        match &launched {
+            Ok(()) => interrupt.config(),
+            Err(_) => interrupt.needs_reset(),
+        }
+        // What came while nobody was looking is found by looking once.
+        for (_, bell) in bells {
+            let _ = bell.write(1);
+        }
+        launched
     }
 
     fn terms(&self, features: u64) -> Terms {
@@ -419,6 +462,7 @@ impl VirtioDevice for Block {
             queues: self.settings.queues,
             read_only: self.settings.read_only,
             flush_failed: self.disk.flush_failed(),
+            limiter: self.throttle.save(),
         };
         Section::new(KIND, VERSION, &saved)
     }
@@ -440,6 +484,9 @@ impl VirtioDevice for Block {
             let saved = saved.sectors;
             return wrong(format!("disk {id:?} had {saved} sectors and its file has {sectors} now"));
         }
+        let impossible = |reason| StateError::Impossible { kind: KIND, reason };
+        self.throttle.restore(&saved.limiter).map_err(impossible)?;
+        self.settings.limits = self.throttle.config();
         self.announce = saved.sectors != sectors;
         if saved.flush_failed {
             self.disk.set_flush_failed();
@@ -448,40 +495,25 @@ impl VirtioDevice for Block {
     }
 
     fn update(&mut self, change: &Change) -> Result<(), DeviceError> {
-        let Change::Backing(path) = change else {
-            return Err(DeviceError::Change(format!("A disk cannot be changed by {change:?}")));
-        };
-        let disk = self
-            .disk
-            .reopen(path.as_deref())
-            .map_err(|e| self.host("its backing file was not changed", io::Error::other(e)))?;
-        let told = self.running.as_ref().map(|running| Arc::clone(&running.interrupt));
-        let landed = self.running.take().map(|running| self.land(running)).transpose();
-        let landed = landed.inspect_err(|_| told.iter().for_each(|driver| driver.needs_reset()))?;
-        if let Some(path) = path {
-            self.settings.path.clone_from(path);
+        match change {
+            Change::Backing(path) => self.replace(path.as_deref()),
+            Change::Limits(limits) => {
+                self.throttle.change(*limits);
+                self.settings.limits = self.throttle.config();
+                // Queues that wait for the old limits look again.
+                for (_, bell) in self.running.iter().flat_map(|running| &running.bells) {
+                    let _ = bell.write(1);
+                }
+                Ok(())
+            }
+            _ => Err(DeviceError::Change(format!("A disk cannot be changed by {change:?}"))),
         }
-        self.space = config::space(&disk, &self.settings);
-        self.disk = Arc::new(disk);
-        let Some((running, queues)) = landed else {
-            self.announce = true;
-            return Ok(());
-        };
-        let (interrupt, bells) = (Arc::clone(&running.interrupt), running.bells.clone());
-        let launched = self.launch(running, queues);
-        match &launched {
-            Ok(()) => interrupt.config(),
-            Err(_) => interrupt.needs_reset(),
-        }
-        // What came while nobody was looking is found by looking once.
-        for (_, bell) in bells {
-            let _ = bell.write(1);
-        }
-        launched
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.stats.list()
+        let (throttled, woken) = self.throttle.counters();
+        let limiter = [("rate_limiter_throttled_events", throttled), ("rate_limiter_event_count", woken)];
+        self.stats.list().into_iter().chain(limiter).collect()
     }
 }
 

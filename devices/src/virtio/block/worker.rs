@@ -36,6 +36,7 @@ use super::{
 use crate::{
     Memory,
     disk::{Bounce, Disk, Ring},
+    limiter::{Gate, Throttle},
     limits::{BLOCK_LINGER, BLOCK_TURN_BYTES, DRAIN_DEADLINE, TURN_BUDGET},
     virtio::{Interrupt, queue::Queue},
     worker::{Handler, Source, Watch},
@@ -43,6 +44,7 @@ use crate::{
 
 const BELL: u32 = 0;
 const RING: u32 = 1;
+const TIMER: u32 = 2;
 /// Used chains that are shown to the driver together while a turn runs.
 const GROUP: u32 = 8;
 /// Cached reads are not tried for at most this many reads after misses in a row.
@@ -52,6 +54,7 @@ const PATIENCE: u16 = 63;
 pub(super) struct Shared {
     pub disk: Arc<Disk>,
     pub stats: Arc<Stats>,
+    pub throttle: Arc<Throttle>,
     pub interrupt: Arc<dyn Interrupt>,
     pub memory: Memory,
     pub terms: Terms,
@@ -94,6 +97,7 @@ pub(super) struct QueueHandler {
     /// was the last time; `None` when the host has no such call.
     skip: Option<(u16, u16)>,
     pace: Pace,
+    gate: Gate,
     broken: bool,
 }
 
@@ -135,6 +139,7 @@ impl QueueHandler {
             rings: shared.rings,
             skip: (shared.disk.direct().is_none()).then_some((0, 0)),
             pace: Pace::new(shared.processors),
+            gate: Gate::new(Arc::clone(&shared.throttle), TIMER),
             queue,
             bell,
             shared,
@@ -164,8 +169,12 @@ impl QueueHandler {
                     break;
                 }
             };
-            if budget.is_spent() || !all {
+            let limited = self.gate.is_shut();
+            if budget.is_spent() || !all || limited && !self.gate.sleep(watch) {
                 let _ = self.bell.write(1);
+                break;
+            }
+            if limited {
                 break;
             }
             if self.linger() {
@@ -201,15 +210,24 @@ impl QueueHandler {
         found
     }
 
-    /// Takes what the driver offers, until nothing is left or the budget is spent.
+    /// Takes what the driver offers, until nothing is left, the budget is spent or the limiter
+    /// lets no more through.
     fn take(&mut self, budget: &mut Budget, watch: &mut Watch<'_>) -> Result<(), Fault> {
+        if self.gate.is_shut() {
+            return Ok(());
+        }
         while !budget.is_spent() && self.queue.pop(&mut self.fresh.chain).map_err(Fault::Queue)? {
             budget.requests -= 1;
             let head = self.fresh.chain.head();
             if self.flight.table.get(usize::from(head)).is_some_and(|job| job.busy) {
                 return Err(Fault::Busy(head));
             }
-            match self.fresh.read_request(&self.shared.terms) {
+            let asked = self.fresh.read_request(&self.shared.terms);
+            if !self.gate.pass(asked.map_or(0, |()| self.fresh.bytes())) {
+                self.queue.undo_pop(1);
+                return Ok(());
+            }
+            match asked {
                 Err(refusal) => self.refuse(refusal),
                 Ok(()) => {
                     let bytes = self.fresh.bytes();
@@ -427,13 +445,18 @@ fn judge(shared: &Shared, result: io::Result<()>) -> u8 {
 impl Handler for QueueHandler {
     fn sources(&self) -> Vec<Source> {
         let ring = self.flight.ring.as_ref().map(|ring| Source::readable(ring, RING));
-        [Source::readable(&*self.bell, BELL)].into_iter().chain(ring).collect()
+        let sources = [Source::readable(&*self.bell, BELL)];
+        sources.into_iter().chain(ring).chain(self.gate.source()).collect()
     }
 
     fn ready(&mut self, token: u32, _events: EventSet, watch: &mut Watch<'_>) {
-        if token == BELL {
-            let _ = self.bell.read();
-            self.pace.wake(Instant::now());
+        match token {
+            BELL => {
+                let _ = self.bell.read();
+                self.pace.wake(Instant::now());
+            }
+            TIMER => self.gate.opened(),
+            _ => {}
         }
         if self.broken {
             self.reap();

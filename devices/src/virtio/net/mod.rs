@@ -49,7 +49,7 @@ use self::{
     rx::Rx,
     tally::Tally,
     tx::Tx,
-    worker::{Pair, Shared},
+    worker::{Pair, RX_TIMER, Shared, TX_TIMER},
 };
 pub use self::{
     port::Port,
@@ -57,6 +57,7 @@ pub use self::{
 };
 use crate::{
     Memory,
+    limiter::{Gate, LimiterConfig, LimiterState, Throttle},
     limits::{NET_PAIRS_MAX, NET_QUEUE_SIZE},
     state::{Section, StateError},
     virtio::{
@@ -68,7 +69,7 @@ use crate::{
 };
 
 const KIND: &str = "virtio-net";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Smallest MTU that IPv4 can live with (RFC 791) and that the feature may announce.
 const MTU_MIN: u16 = 68;
 
@@ -132,6 +133,10 @@ pub struct NetConfig {
     /// Drop frames that the guest sends from another address than its own. It cannot bridge
     /// then.
     pub drop_spoofed: bool,
+    /// Limits of frames and their bytes towards the guest.
+    pub rx_limits: LimiterConfig,
+    /// Limits of frames and their bytes from the guest.
+    pub tx_limits: LimiterConfig,
 }
 
 /// Why a network device could not be made.
@@ -183,9 +188,10 @@ impl Net {
     /// A device on a tap, which is opened now.
     pub fn new(config: NetConfig) -> Result<Net, NetError> {
         check(config.pairs, config.mtu)?;
-        let NetConfig { tap, mac, mtu, pairs, drop_spoofed } = config;
+        let NetConfig { tap, mac, mtu, pairs, drop_spoofed, rx_limits, tx_limits } = config;
         let mut net = Net::with_port(Arc::new(Tap::open(tap, pairs)?), mac, mtu)?;
         net.drop_spoofed = drop_spoofed;
+        net.limit(rx_limits, tx_limits);
         Ok(net)
     }
 
@@ -220,6 +226,15 @@ impl Net {
     /// Whether the host's side is there.
     pub fn link_is_up(&self) -> bool {
         !self.shared.link_down.load(Ordering::Acquire)
+    }
+
+    /// Changes the limits; pairs that wait for the old ones look again.
+    fn limit(&self, rx: LimiterConfig, tx: LimiterConfig) {
+        self.shared.rx_limits.change(rx);
+        self.shared.tx_limits.change(tx);
+        for (_, kick) in self.started.iter().flat_map(|started| &started.kicks) {
+            let _ = kick.write(1);
+        }
     }
 
     fn config(&self) -> [u8; 12] {
@@ -282,13 +297,19 @@ impl Net {
         let features = started.features;
         let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let source = self.drop_spoofed.then_some(self.mac.0);
+        let gate = |throttle: &Arc<Throttle>, token| Gate::new(Arc::clone(throttle), token);
         let mut control = None;
         let mut halves: Vec<(Option<Rx>, Option<Tx>)> = (0..pairs).map(|_| (None, None)).collect();
         for (queue, kick) in queues {
             let index = queue.index();
             match halves.get_mut(usize::from(index / 2)) {
-                Some((rx, _)) if index % 2 == 0 => *rx = Some(Rx::new(queue, kick, mergeable)),
-                Some((_, tx)) => *tx = Some(Tx::new(queue, kick, features, source)),
+                Some((rx, _)) if index % 2 == 0 => {
+                    *rx = Some(Rx::new(queue, kick, gate(&self.shared.rx_limits, RX_TIMER), mergeable));
+                }
+                Some((_, tx)) => {
+                    let gate = gate(&self.shared.tx_limits, TX_TIMER);
+                    *tx = Some(Tx::new(queue, kick, gate, features, source));
+                }
                 None => control = Some((queue, kick)),
             }
         }
@@ -411,7 +432,8 @@ impl VirtioDevice for Net {
 
     fn save(&self) -> Section {
         let pairs_in_use = self.shared.pairs.load(Ordering::Acquire);
-        let saved = Saved { mac: self.mac, mtu: self.mtu, pairs: self.pairs, pairs_in_use };
+        let (rx, tx) = (self.shared.rx_limits.save(), self.shared.tx_limits.save());
+        let saved = Saved { mac: self.mac, mtu: self.mtu, pairs: self.pairs, pairs_in_use, rx, tx };
         Section::new(KIND, VERSION, &saved)
     }
 
@@ -428,16 +450,31 @@ impl VirtioDevice for Net {
             let reason = format!("{} of {} queue pairs are in use", saved.pairs_in_use, saved.pairs);
             return Err(impossible(reason).into());
         }
+        self.shared.rx_limits.restore(&saved.rx).map_err(impossible)?;
+        self.shared.tx_limits.restore(&saved.tx).map_err(impossible)?;
         self.mac = saved.mac;
         self.mtu = saved.mtu;
         use_pairs(&*self.port, &self.shared, saved.pairs_in_use);
         Ok(())
     }
 
-    /// [`Change::Backing`] with the name of a tap plugs the device into that.
+    /// [`Change::Backing`] with the name of a tap plugs the device into that;
+    /// [`Change::DirectionLimits`] limits frames and bytes anew.
     fn update(&mut self, change: &Change) -> Result<(), DeviceError> {
-        let Change::Backing(Some(name)) = change else {
-            return Err(DeviceError::Change("A network device needs the name of its new tap".to_owned()));
+        let name = match change {
+            Change::Backing(Some(name)) => name,
+            Change::Backing(None) => {
+                let text = "A network device needs the name of its new tap";
+                return Err(DeviceError::Change(text.to_owned()));
+            }
+            Change::DirectionLimits { rx, tx } => {
+                self.limit(*rx, *tx);
+                return Ok(());
+            }
+            _ => {
+                let text = format!("A network device cannot be changed by {change:?}");
+                return Err(DeviceError::Change(text));
+            }
         };
         let source = TapSource::Name { name: name.to_string_lossy().into_owned(), create: false };
         let tap = Tap::open(source, self.pairs);
@@ -449,7 +486,15 @@ impl VirtioDevice for Net {
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.shared.counters.list()
+        let (rx, rx_woken) = self.shared.rx_limits.counters();
+        let (tx, tx_woken) = self.shared.tx_limits.counters();
+        let limiters = [
+            ("rx_rate_limiter_throttled", rx),
+            ("rx_event_rate_limiter_count", rx_woken),
+            ("tx_rate_limiter_throttled", tx),
+            ("tx_rate_limiter_event_count", tx_woken),
+        ];
+        self.shared.counters.list().into_iter().chain(limiters).collect()
     }
 }
 
@@ -459,13 +504,15 @@ impl Drop for Net {
     }
 }
 
-/// What is saved of a device, version 1.
+/// What is saved of a device, version 2.
 #[derive(Debug, Serialize, Deserialize)]
 struct Saved {
     mac: Mac,
     mtu: Option<u16>,
     pairs: u16,
     pairs_in_use: u16,
+    rx: LimiterState,
+    tx: LimiterState,
 }
 
 fn check(pairs: u16, mtu: Option<u16>) -> Result<(), NetError> {

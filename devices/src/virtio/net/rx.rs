@@ -11,6 +11,9 @@
 //! The second line keeps a small ring, or a guest short of memory, alive: waiting until the
 //! largest frame fits could wait for ever. The third keeps a guest that offers no buffers
 //! from costing any processor time; frames then wait, and are dropped, in the host's kernel.
+//!
+//! So they do while a limiter holds them back. How long a frame is shows only when it was
+//! read, so one is read when any token is left, and what it costs beyond that is owed.
 
 use std::{
     io,
@@ -24,7 +27,7 @@ use super::{
     pool::{BufferError, Pool},
     tally::Tally,
 };
-use crate::{limits::NET_FRAME_MAX, virtio::queue::Queue};
+use crate::{limiter::Gate, limits::NET_FRAME_MAX, virtio::queue::Queue};
 
 /// Frames after which the driver is told, while more are coming.
 const PUBLISH_EVERY: usize = 32;
@@ -41,6 +44,8 @@ pub(super) enum Turn {
     Starved,
     /// There may be more; others are to run first. No doorbell is armed.
     Budget,
+    /// The limiter lets no more through now. No doorbell is armed.
+    Limited,
     /// The host's side is gone.
     Gone,
 }
@@ -59,6 +64,7 @@ struct Held {
 pub(super) struct Rx {
     pub(super) queue: Queue,
     pub(super) kick: EventFd,
+    pub(super) gate: Gate,
     pool: Pool,
     mergeable: bool,
     /// Made when first needed.
@@ -67,13 +73,13 @@ pub(super) struct Rx {
 }
 
 impl Rx {
-    pub(super) fn new(queue: Queue, kick: EventFd, mergeable: bool) -> Rx {
-        Rx { queue, kick, pool: Pool::default(), mergeable, spare: Vec::new(), held: None }
+    pub(super) fn new(queue: Queue, kick: EventFd, gate: Gate, mergeable: bool) -> Rx {
+        Rx { queue, kick, gate, pool: Pool::default(), mergeable, spare: Vec::new(), held: None }
     }
 
     /// Whether a frame that comes now can be read.
     pub(super) fn has_room(&self) -> bool {
-        !self.pool.is_empty() && self.held.is_none()
+        !self.gate.is_shut() && !self.pool.is_empty() && self.held.is_none()
     }
 
     /// Moves up to `budget` frames. `notify` is called when the driver is to be told.
@@ -94,10 +100,15 @@ impl Rx {
                 }
                 self.queue.disarm();
             }
-            // A rate limiter would be asked here, before the frame leaves the host's queue.
+            if self.gate.is_shut() || !self.gate.admits(1) {
+                return self.end(Turn::Limited, notify);
+            }
             match self.read(port) {
                 Ok(0) => return self.end(Turn::Gone, notify),
-                Ok(len) => self.arrived(len, tally)?,
+                Ok(len) => {
+                    self.gate.charge(len.saturating_sub(header::LEN) as u64);
+                    self.arrived(len, tally)?;
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.end(Turn::Idle, notify),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if super::is_gone(&e) => return self.end(Turn::Gone, notify),

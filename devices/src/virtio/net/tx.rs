@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{header, tally::Tally};
 use crate::{
+    limiter::Gate,
     limits::NET_FRAME_MAX,
     virtio::queue::{Chain, Queue, QueueError},
 };
@@ -33,6 +34,8 @@ pub(super) enum Turn {
     Idle,
     /// The host takes no more now.
     Blocked,
+    /// The limiter lets no more through now. No doorbell is armed.
+    Limited,
     /// There is more; others are to run first.
     Budget,
     /// The host's side is gone.
@@ -50,6 +53,7 @@ unsafe impl Send for Vectors {}
 pub(super) struct Tx {
     pub(super) queue: Queue,
     pub(super) kick: EventFd,
+    pub(super) gate: Gate,
     chain: Chain,
     vectors: Vectors,
     features: u64,
@@ -68,10 +72,11 @@ enum Sent {
 }
 
 impl Tx {
-    pub(super) fn new(queue: Queue, kick: EventFd, features: u64, source: Option<[u8; 6]>) -> Tx {
+    pub(super) fn new(queue: Queue, kick: EventFd, gate: Gate, features: u64, source: Option<[u8; 6]>) -> Tx {
         Tx {
             queue,
             kick,
+            gate,
             chain: Chain::new(),
             vectors: Vectors::default(),
             features,
@@ -97,7 +102,13 @@ impl Tx {
                 }
                 self.queue.disarm();
             }
-            // A rate limiter would be asked here, before the frame is given away.
+            // What is only dropped is not limited.
+            let bytes = self.chain.readable_len().saturating_sub(header::LEN as u64);
+            if !self.unplugged && (self.gate.is_shut() || !self.gate.admits(bytes)) {
+                self.queue.undo_pop(1);
+                self.publish(notify);
+                return Ok(Turn::Limited);
+            }
             match self.send(port) {
                 Sent::Done(len) => {
                     tally.tx_packets += 1;
@@ -119,6 +130,10 @@ impl Tx {
                     tally.tx_dropped += 1;
                     tally.port_errors += u64::from(!self.unplugged);
                 }
+            }
+            if !self.unplugged {
+                // Only now: a frame that went back was not sent.
+                self.gate.charge(bytes);
             }
             self.queue.push(self.chain.head(), 0);
             if done % PUBLISH_EVERY == PUBLISH_EVERY - 1 {

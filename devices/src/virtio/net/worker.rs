@@ -6,6 +6,8 @@
 //!   host's side readable   while the guest has buffers and the pair is in use
 //!   host's side writable   while a frame waits that it would not take
 //!   doorbells              always
+//!   timers                 while a limiter holds a direction back (then nothing else of that
+//!                          direction is served: frames stay in the tap, or in the driver's ring)
 //! ```
 //!
 //! So every state in which something is stuck has an event that ends it, and no state has an
@@ -28,6 +30,7 @@ use super::{
     tx::{self, Tx},
 };
 use crate::{
+    limiter::{Gate, Throttle},
     limits::TURN_BUDGET,
     virtio::{Interrupt, queue::Queue},
     worker::{Handler, Source, Watch},
@@ -36,6 +39,8 @@ use crate::{
 const RX_KICK: u32 = 0;
 const TX_KICK: u32 = 1;
 const PORT: u32 = 2;
+pub(super) const RX_TIMER: u32 = 3;
+pub(super) const TX_TIMER: u32 = 4;
 
 /// What the pairs of a device and its register half share.
 #[derive(Default)]
@@ -45,6 +50,10 @@ pub(super) struct Shared {
     pub(super) link_down: AtomicBool,
     /// Queue pairs in use.
     pub(super) pairs: AtomicU16,
+    /// Limits towards the guest.
+    pub(super) rx_limits: Arc<Throttle>,
+    /// Limits from the guest.
+    pub(super) tx_limits: Arc<Throttle>,
 }
 
 /// A queue pair at work.
@@ -83,7 +92,7 @@ impl Pair {
             Ok(rx::Turn::Gone) => self.lost(),
             // The descriptor reports an error of which reading says nothing.
             Ok(rx::Turn::Idle) if alarm => self.lost(),
-            Ok(rx::Turn::Idle | rx::Turn::Starved) => {}
+            Ok(rx::Turn::Idle | rx::Turn::Starved | rx::Turn::Limited) => {}
             Ok(rx::Turn::Budget) => {
                 // The last frame may have taken the last buffer that was popped. Then the
                 // host's side is not watched, and no doorbell was asked for either.
@@ -108,7 +117,7 @@ impl Pair {
         tx.unplugged = !in_use;
         self.blocked = false;
         match tx.run(port, TURN_BUDGET, &mut self.tally, &mut || interrupt.queue(index)) {
-            Ok(tx::Turn::Idle) => {}
+            Ok(tx::Turn::Idle | tx::Turn::Limited) => {}
             Ok(tx::Turn::Blocked) => {
                 self.tally.tx_blocked += 1;
                 self.blocked = true;
@@ -150,6 +159,21 @@ impl Pair {
         self.interrupt.needs_reset();
     }
 
+    /// Sets the timers of directions that have to wait.
+    fn rest(&mut self, watch: &mut Watch<'_>) {
+        let awake = |gate: &mut Gate, watch: &mut Watch<'_>| gate.is_shut() && !gate.sleep(watch);
+        if let Some(rx) = self.rx.as_mut().filter(|_| !self.rx_spoiled)
+            && awake(&mut rx.gate, watch)
+        {
+            let _ = rx.kick.write(1);
+        }
+        if let Some(tx) = self.tx.as_mut().filter(|_| !self.tx_spoiled)
+            && awake(&mut tx.gate, watch)
+        {
+            let _ = tx.kick.write(1);
+        }
+    }
+
     /// Watches of the host's side just what something can be done about. Without any wish it
     /// is not watched at all: errors and hang-ups are reported whether asked for or not.
     fn settle(&mut self, watch: &mut Watch<'_>) {
@@ -188,6 +212,8 @@ impl Handler for Pair {
         let mut sources = Vec::new();
         sources.extend(self.rx.as_ref().map(|rx| Source::readable(&rx.kick, RX_KICK)));
         sources.extend(self.tx.as_ref().map(|tx| Source::readable(&tx.kick, TX_KICK)));
+        sources.extend(self.rx.as_ref().and_then(|rx| rx.gate.source()));
+        sources.extend(self.tx.as_ref().and_then(|tx| tx.gate.source()));
         sources.extend(self.port_source(self.watched).filter(|s| !s.events.is_empty()));
         sources
     }
@@ -203,6 +229,14 @@ impl Handler for Pair {
                 let _ = self.tx.as_ref().map(|tx| tx.kick.read());
                 self.transmit();
             }
+            RX_TIMER => {
+                self.rx.iter_mut().for_each(|rx| rx.gate.opened());
+                self.receive(false);
+            }
+            TX_TIMER => {
+                self.tx.iter_mut().for_each(|tx| tx.gate.opened());
+                self.transmit();
+            }
             _ => {
                 if alarm || events.contains(EventSet::IN) {
                     self.receive(alarm);
@@ -212,6 +246,7 @@ impl Handler for Pair {
                 }
             }
         }
+        self.rest(watch);
         self.settle(watch);
         self.shared.counters.add(&mut self.tally);
     }

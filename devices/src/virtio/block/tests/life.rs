@@ -211,7 +211,7 @@ fn saved_state_that_does_not_fit_is_refused() {
         assert!(matches!(error, DeviceError::State(_)) && error.to_string().contains(text), "{error}");
     }
     let mut newer = plain;
-    newer.version = 2;
+    newer.version += 1;
     let error = Block::new(settings(big.path(), Engine::Sync)).unwrap().restore(&newer).unwrap_err();
     assert!(matches!(error, DeviceError::State(StateError::Version { .. })));
 }

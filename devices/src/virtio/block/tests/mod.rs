@@ -3,6 +3,7 @@
 mod hostile;
 mod hosts;
 mod life;
+mod limits;
 mod model;
 mod parsing;
 
