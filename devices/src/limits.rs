@@ -118,3 +118,6 @@ pub const BALLOON_STATISTICS_MAX: usize = 256;
 /// Pieces of a snapshot file's mapping that one balloon replaces by empty memory, each of
 /// which may split a mapping; further ones are given back without replacing them.
 pub const BALLOON_OVERLAYS_MAX: u32 = 8192;
+
+/// Queue entries of a persistent memory device: flushes that wait at the same time.
+pub const PMEM_QUEUE_SIZE: u16 = 64;

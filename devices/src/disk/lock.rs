@@ -26,7 +26,7 @@ use crate::limits::DISK_LOCK_PATIENCE;
 
 /// Why no lock was had.
 #[derive(Debug)]
-pub(super) enum LockError {
+pub(crate) enum LockError {
     /// Somebody else holds a lock that excludes this one.
     Held,
     /// The kernel said something else.
@@ -35,7 +35,7 @@ pub(super) enum LockError {
 
 /// Takes the lock, exclusive for a writer, shared for a reader; waits for it no longer than
 /// [`DISK_LOCK_PATIENCE`].
-pub(super) fn lock(file: &File, read_only: bool, path: &Path) -> Result<(), LockError> {
+pub(crate) fn lock(file: &File, read_only: bool, path: &Path) -> Result<(), LockError> {
     let end = Instant::now() + DISK_LOCK_PATIENCE;
     loop {
         match try_lock(file, read_only, path) {

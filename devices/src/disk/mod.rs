@@ -23,7 +23,7 @@
 mod bounce;
 mod buffers;
 mod file;
-mod lock;
+pub(crate) mod lock;
 mod open;
 mod uring;
 

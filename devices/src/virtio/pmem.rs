@@ -1,1 +1,0 @@
-//! Persistent memory (VIRTIO 1.2 section 5.19).
