@@ -121,3 +121,19 @@ pub const BALLOON_OVERLAYS_MAX: u32 = 8192;
 
 /// Queue entries of a persistent memory device: flushes that wait at the same time.
 pub const PMEM_QUEUE_SIZE: u16 = 64;
+
+/// Slots of pluggable memory at most: 1 TiB of the smallest. Each takes a memory slot of the
+/// hypervisor, which has some 32 thousand, and a mapping of this process, which may have 65
+/// thousand.
+pub const MEM_SLOTS_MAX: u64 = 8192;
+
+/// Blocks of pluggable memory at most; each takes a bit.
+pub const MEM_BLOCKS_MAX: u64 = 1 << 22;
+
+/// Bytes of unplugged memory given back in one turn before the device looks whether it is to
+/// stop: well inside [`DRAIN_DEADLINE`], however small the pages.
+pub const MEM_TURN_BYTES: u64 = 1 << 30;
+
+/// Slots that one request may open or close; a longer one is told to try again. The longest a
+/// driver can write at the usual sizes (65535 blocks of 2 MiB) comes to 1025.
+pub const MEM_REQUEST_SLOTS_MAX: usize = 1100;

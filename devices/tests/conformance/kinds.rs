@@ -10,12 +10,15 @@ use std::{
 
 use devices::{
     legacy::Output,
+    limiter::LimiterConfig,
     virtio::{
         VirtioDevice,
         balloon::{Balloon, BalloonConfig},
         block::{Block, BlockConfig},
         console::Console,
+        mem::{Mem, MemConfig, Pages, Region, Slot, Slots},
         net::{Net, Port},
+        pmem::{Backing, Pmem, PmemConfig},
         rng::Rng,
         vsock::{Vsock, VsockConfig},
     },
@@ -46,6 +49,12 @@ pub fn kinds() -> Vec<Kind> {
         Kind { name: "net with two pairs", make: |_| net(2), request: send_frame },
         Kind { name: "vsock", make: vsock, request: || (1, vec![Part::Read(vec![0; 44])]) },
         Kind { name: "balloon", make: |_| balloon(), request: || (0, vec![Part::Read(vec![0xe8, 3, 0, 0])]) },
+        Kind {
+            name: "mem",
+            make: |_| mem(),
+            request: || (0, vec![Part::Read(vec![0; 24]), Part::Write(10)]),
+        },
+        Kind { name: "pmem", make: pmem, request: || (0, vec![Part::Read(vec![0; 4]), Part::Write(4)]) },
         Kind { name: "console", make: console, request: || (1, vec![Part::Read(b"hello\n".to_vec())]) },
     ]
 }
@@ -132,4 +141,33 @@ fn balloon() -> Box<dyn VirtioDevice> {
         free_page_reporting: true,
     };
     Box::new(Balloon::new(&config, 4).unwrap())
+}
+
+/// A hypervisor that takes every slot.
+struct Willing;
+
+impl Slots for Willing {
+    fn plug(&self, _slot: &Slot) -> io::Result<()> {
+        Ok(())
+    }
+    fn unplug(&self, _slot: &Slot) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Its request is a PLUG that is refused.
+fn mem() -> Box<dyn VirtioDevice> {
+    let config = MemConfig { start: 1 << 32, total: 256 << 20, block_size: 2 << 20, slot_size: 128 << 20 };
+    let region = Region::reserve(config.total, config.slot_size, Pages::Small).unwrap();
+    Box::new(Mem::new(config, Arc::new(region), Arc::new(Willing)).unwrap())
+}
+
+/// Its request is a flush.
+fn pmem(directory: &Path) -> Box<dyn VirtioDevice> {
+    let path = directory.join("pmem");
+    File::create(&path).and_then(|file| file.set_len(1 << 20)).unwrap();
+    let config =
+        PmemConfig { id: "pmem".to_owned(), path, read_only: false, limiter: LimiterConfig::default() };
+    let backing = Backing::open(&config.path, config.read_only).unwrap();
+    Box::new(Pmem::new(&config, Arc::new(backing), 1 << 32).unwrap())
 }
