@@ -6,7 +6,10 @@
 
 use std::path::Path;
 
-use api::{Fault, FaultKind, Reply, Request, Spec};
+use api::{
+    Fault, FaultKind, Reply, Request, Spec,
+    spec::{MachineConfig, NamedTemplate},
+};
 
 /// The specification after `request`, and the answer; or why it is refused.
 pub fn change(spec: &Spec, request: Request) -> Result<(Spec, Reply), Fault> {
@@ -22,13 +25,20 @@ pub fn change(spec: &Spec, request: Request) -> Result<(Spec, Reply), Fault> {
             source.initrd_path.as_deref().map_or(Ok(()), |path| must_be_file("initrd_path", path))?;
             spec.boot_source = source;
         }
-        Request::PutMachineConfig(config) => spec.machine_config = config,
+        Request::PutMachineConfig(config) => set_machine(&mut spec, config),
         Request::PatchMachineConfig(patch) => {
-            spec.machine_config = patch.applied_to(&spec.machine_config);
+            let named = patch.cpu_template.is_some();
+            let config = patch.applied_to(&spec.machine_config);
+            let custom = spec.cpu_config.take();
+            set_machine(&mut spec, config);
+            if !named {
+                spec.cpu_config = custom;
+            }
         }
         Request::PutCpuConfig(config) => {
             config.check()?;
             spec.cpu_config = Some(config.into());
+            spec.machine_config.cpu_template = None;
         }
         Request::PutDrive(drive) => {
             must_be_file("path_on_host", &drive.path_on_host)?;
@@ -54,6 +64,15 @@ pub fn change(spec: &Spec, request: Request) -> Result<(Spec, Reply), Fault> {
     Ok((spec, Reply::Done))
 }
 
+/// Takes over vCPUs and memory. Of a named and a custom template the later one counts.
+fn set_machine(spec: &mut Spec, mut config: MachineConfig) {
+    if config.cpu_template.is_some() {
+        spec.cpu_config = None;
+    }
+    config.cpu_template = config.cpu_template.filter(|template| *template != NamedTemplate::None);
+    spec.machine_config = config;
+}
+
 /// Says so when nothing can be read at `path`. A block device is as good as a file.
 fn must_be_file(field: &str, path: &Path) -> Result<(), Fault> {
     let wrong = |message: String| Err(Fault::new(FaultKind::Invalid, message));
@@ -70,7 +89,7 @@ fn must_be_file(field: &str, path: &Path) -> Result<(), Fault> {
 
 #[cfg(test)]
 mod tests {
-    use api::spec::{BootSource, MachineConfig};
+    use api::spec::BootSource;
 
     use super::*;
 

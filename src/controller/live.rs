@@ -4,7 +4,11 @@ use api::{
     Fault, FaultKind, Reply, Request, Spec,
     spec::{DrivePatch, NetworkInterfacePatch, RateLimiter},
 };
-use devices::{limiter::LimiterConfig, virtio::Change};
+use devices::{
+    limiter::LimiterConfig,
+    virtio::{Change, Report, balloon::BalloonReport},
+};
+use serde_json::{Map, Value, json};
 
 use crate::{
     phase::Phase,
@@ -26,6 +30,33 @@ impl Live {
                 Some(balloon) => return Ok(Reply::Balloon(balloon.clone())),
                 None => return Err(missing("balloon")),
             },
+            Request::BalloonStatistics => return self.balloon_statistics(),
+            Request::HintingStatus => {
+                let report = self.balloon()?;
+                let status = json!({ "host_cmd": report.host_cmd, "guest_cmd": report.guest_cmd });
+                return Ok(Reply::Json(status));
+            }
+            Request::PatchBalloon(patch) => {
+                let balloon = spec.balloon.as_mut().ok_or_else(|| missing("balloon"))?;
+                self.update("virtio-balloon", "balloon", &Change::BalloonTarget(patch.amount_mib))?;
+                balloon.amount_mib = patch.amount_mib;
+            }
+            Request::PatchBalloonStatistics(patch) => {
+                let balloon = spec.balloon.as_mut().ok_or_else(|| missing("balloon"))?;
+                let seconds = patch.stats_polling_interval_s;
+                self.update("virtio-balloon", "balloon", &Change::BalloonStatistics(seconds))?;
+                balloon.stats_polling_interval_s = seconds;
+            }
+            Request::StartHinting(start) => {
+                let acknowledge_on_stop = start.acknowledge_on_stop;
+                self.update("virtio-balloon", "balloon", &Change::HintingStart { acknowledge_on_stop })?;
+            }
+            Request::StopHinting => self.update("virtio-balloon", "balloon", &Change::HintingStop)?,
+            Request::Nmi => self.vm.inject_nmi().map_err(fault)?,
+            Request::CoreDump(path) => {
+                let written = self.vm.core_dump(&path).map_err(fault)?;
+                log::info!("Wrote {} bytes of a core file to {}", written.data, path.display());
+            }
             Request::Counters => return Ok(Reply::Json(self.counters())),
             Request::PatchDrive(patch) => self.patch_drive(spec, patch)?,
             Request::PatchNetworkInterface(patch) => self.patch_network_interface(spec, patch)?,
@@ -41,6 +72,32 @@ impl Live {
             _ => return Err(Fault::new(FaultKind::Conflict, crate::phase::TOO_LATE)),
         }
         Ok(Reply::Done)
+    }
+
+    fn balloon(&self) -> Result<BalloonReport, Fault> {
+        match self.vm.device("virtio-balloon", "balloon").map(|device| device.report()) {
+            Some(Report::Balloon(report)) => Ok(report),
+            _ => Err(missing("balloon")),
+        }
+    }
+
+    fn balloon_statistics(&self) -> Result<Reply, Fault> {
+        let report = self.balloon()?;
+        let stats = report.stats.as_ref().ok_or_else(|| {
+            let text = "The balloon was made without statistics; set stats_polling_interval_s before the start";
+            Fault::new(FaultKind::Conflict, text)
+        })?;
+        let mut answer = json!({
+            "target_pages": report.target_pages,
+            "actual_pages": report.actual_pages,
+            "target_mib": report.target_mib,
+            "actual_mib": report.actual_mib,
+        });
+        // What this guest does not tell is left out.
+        if let (Some(fields), Ok(Value::Object(told))) = (answer.as_object_mut(), serde_json::to_value(stats)) {
+            fields.extend(told.into_iter().filter(|(_, value)| !value.is_null()));
+        }
+        Ok(Reply::Json(answer))
     }
 
     fn patch_drive(&self, spec: &mut Spec, patch: DrivePatch) -> Result<(), Fault> {
@@ -75,18 +132,18 @@ impl Live {
         device.update(change).map_err(|e| Fault::from_error(FaultKind::Invalid, &e))
     }
 
-    fn counters(&self) -> serde_json::Value {
-        let mut devices = serde_json::Map::new();
+    fn counters(&self) -> Value {
+        let mut devices = Map::new();
         for (device, counter, count) in self.vm.counters() {
             let entry =
-                devices.entry(device).or_insert_with(|| serde_json::Value::Object(Default::default()));
+                devices.entry(device).or_insert_with(|| Value::Object(Default::default()));
             if let Some(entry) = entry.as_object_mut() {
                 entry.insert(counter.to_owned(), count.into());
             }
         }
-        let exits: serde_json::Map<_, _> =
+        let exits: Map<_, _> =
             self.vm.exits().into_iter().map(|(kind, count)| (kind.to_owned(), count.into())).collect();
-        serde_json::json!({ "devices": devices, "exits": exits })
+        json!({ "devices": devices, "exits": exits })
     }
 }
 

@@ -26,7 +26,7 @@ use devices::{
     },
     limiter::{BucketConfig, LimiterConfig},
     pci::root::Root,
-    virtio::{VirtioDevice, block, net, rng, vsock},
+    virtio::{VirtioDevice, balloon, block, net, rng, vsock},
 };
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -294,6 +294,18 @@ fn attach_devices(spec: &Spec, places: &mut Places) -> Result<(), BuildError> {
         let config = vsock::VsockConfig { guest_cid: vsock.guest_cid, uds_path: vsock.uds_path.clone() };
         let device = vsock::Vsock::new(config).map_err(named("The vsock device".to_owned()))?;
         places.attach("vsock", Box::new(device))?;
+    }
+    if let Some(balloon) = &spec.balloon {
+        let config = balloon::BalloonConfig {
+            amount_mib: balloon.amount_mib,
+            deflate_on_oom: balloon.deflate_on_oom,
+            stats_polling_interval_s: balloon.stats_polling_interval_s,
+            free_page_hinting: balloon.free_page_hinting,
+            free_page_reporting: balloon.free_page_reporting,
+        };
+        let device = balloon::Balloon::new(&config, spec.machine_config.mem_size_mib)
+            .map_err(named("The balloon".to_owned()))?;
+        places.attach("balloon", Box::new(device))?;
     }
     if let Some(entropy) = &spec.entropy {
         let device = rng::Rng::limited(limiter(entropy.rate_limiter.as_ref()));

@@ -21,7 +21,7 @@ const TAGS: usize = 16;
 
 /// The guest's statistics: the last value of each, absent where the guest never sent one.
 /// Amounts are in bytes unless said otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct BalloonStats {
     /// Swapped in.
     pub swap_in: Option<u64>,
