@@ -10,10 +10,16 @@
 //!
 //! The two PICs come with the IOAPIC. No guest of ours uses them (the firmware tables say so),
 //! and they are saved all the same: a guest is free to.
+//!
+//! **The IOAPIC's lines start as the firmware's own**: masked, and set to deliver a system
+//! management interrupt. A line that the guest gives to a device is written anew by it. The
+//! others stay as they are, and Linux, which clears every line when it shuts down or reboots,
+//! leaves such a line alone after one look: 4 accesses instead of 12 for each of 24 lines. That
+//! is 192 exits fewer of some 1150 from start to end, each one an instruction that KVM emulates.
 
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data,
-    kvm_irqchip,
+    kvm_ioapic_state, kvm_ioapic_state__bindgen_ty_1 as Redirection, kvm_irqchip,
 };
 use kvm_ioctls::VmFd;
 use zerocopy::{FromBytes, IntoBytes};
@@ -49,7 +55,22 @@ pub fn create(vm: &VmFd) -> Result<(), IrqchipError> {
         .map_err(|e| IrqchipError::Kvm("place KVM's identity map", e))?;
     vm.set_tss_address(layout::KVM_TSS as usize)
         .map_err(|e| IrqchipError::Kvm("place KVM's task segment", e))?;
-    vm.create_irq_chip().map_err(|e| IrqchipError::Kvm("create the interrupt controllers", e))
+    vm.create_irq_chip().map_err(|e| IrqchipError::Kvm("create the interrupt controllers", e))?;
+    vm.set_irqchip(&ioapic_at_start()).map_err(|e| IrqchipError::Kvm("set the IOAPIC's lines", e))
+}
+
+/// The IOAPIC as a guest finds it: KVM's reset state, but for the lines' delivery mode.
+fn ioapic_at_start() -> kvm_irqchip {
+    // Redirection entry, 82093AA datasheet section 3.2.4: delivery mode 2 is SMI; masked.
+    const MODE_SMI: u64 = 2 << 8;
+    const MASKED: u64 = 1 << 16;
+    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+    chip.chip.ioapic = kvm_ioapic_state {
+        base_address: layout::IOAPIC,
+        redirtbl: [Redirection { bits: MODE_SMI | MASKED }; 24],
+        ..Default::default()
+    };
+    chip
 }
 
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
@@ -179,6 +200,19 @@ impl ClockState {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_line_of_the_ioapic_starts_masked_and_as_the_firmwares() {
+        let chip = ioapic_at_start();
+        // SAFETY: plain bytes under every view, and this one was written.
+        let ioapic = unsafe { chip.chip.ioapic };
+        assert_eq!((chip.chip_id, ioapic.base_address), (KVM_IRQCHIP_IOAPIC, 0xfec0_0000));
+        assert!(ioapic.irr == 0 && ioapic.redirtbl.len() == 24);
+        for line in ioapic.redirtbl {
+            // SAFETY: as above.
+            assert_eq!(unsafe { line.bits }, 0x1_0200);
+        }
+    }
 
     #[test]
     fn bytes_come_back_and_other_lengths_are_refused() {
