@@ -1,1 +1,0 @@
-//! The metadata service of a machine (MMDS).

@@ -1,0 +1,5 @@
+//! The service as a guest meets it, over frames.
+
+mod abuse;
+mod guest;
+mod traffic;
