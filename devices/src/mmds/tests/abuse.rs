@@ -304,7 +304,7 @@ fn no_conversation_gone_wrong_does_harm() {
         let start = if dice.roll(4) == 0 { dice.roll(text.len()) } else { 0 };
         let payload = &text[start..(start + dice.roll(1500)).min(text.len())];
         let near = |dice: &mut Dice, base: u32| match dice.roll(24) {
-            0 => dice.roll(usize::MAX >> 33) as u32 ^ 0x8000_0000 * dice.roll(2) as u32,
+            0 => (dice.roll(1 << 31) << dice.roll(2)) as u32,
             1 => base.wrapping_add(dice.roll(9000) as u32).wrapping_sub(4500),
             2 => base.wrapping_add(0x8000_0000).wrapping_sub(dice.roll(3) as u32),
             _ => base,

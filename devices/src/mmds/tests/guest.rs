@@ -73,6 +73,9 @@ impl Device for Cable {
     }
 }
 
+/// Says of each frame whether it is lost.
+pub(super) type Loss = Box<dyn FnMut(&[u8]) -> bool>;
+
 pub(super) struct Guest {
     pub(super) mmds: Arc<Mmds>,
     pub(super) detour: Detour,
@@ -82,8 +85,8 @@ pub(super) struct Guest {
     start: Instant,
     pub(super) now: Instant,
     port: u16,
-    /// Says of each frame towards the guest whether it is lost.
-    pub(super) lose: Box<dyn FnMut(&[u8]) -> bool>,
+    /// Frames towards the guest.
+    pub(super) lose: Loss,
     /// Everything the guest ever sent.
     pub(super) log: Vec<Vec<u8>>,
 }

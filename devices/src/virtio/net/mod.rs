@@ -7,6 +7,7 @@
 //!   rx.rs       host to guest: readv into the guest's buffers, kept ready by pool.rs
 //!   tx.rs       guest to host: writev from them, header checked by header.rs
 //!   control.rs  how many pairs the driver uses
+//!   detour.rs   the way to the metadata service, past the tap
 //! ```
 //!
 //! Frames are never copied in this process. Checksums and segmentation are left to whoever
@@ -19,6 +20,7 @@
 //! (or the same, made again).
 
 mod control;
+mod detour;
 pub mod header;
 mod pool;
 pub mod port;
@@ -59,6 +61,7 @@ use crate::{
     Memory,
     limiter::{Gate, LimiterConfig, LimiterState, Throttle},
     limits::{NET_PAIRS_MAX, NET_QUEUE_SIZE},
+    mmds::Detour,
     state::{Section, StateError},
     virtio::{
         About, Active, Change, DeviceError, F_COMMON, Interrupt, VirtioDevice,
@@ -179,6 +182,7 @@ pub struct Net {
     mtu: Option<u16>,
     pairs: u16,
     drop_spoofed: bool,
+    mmds: Option<Detour>,
     port: Arc<dyn Port>,
     shared: Arc<Shared>,
     started: Option<Started>,
@@ -215,7 +219,7 @@ impl Net {
             About { kind: KIND, device_id: 1, pci_class: 0x02_0000, features, queues, config_len: 12 };
         let shared = Arc::new(Shared::default());
         use_pairs(&*port, &shared, 1);
-        Ok(Net { about, mac, mtu, pairs, drop_spoofed: false, port, shared, started: None })
+        Ok(Net { about, mac, mtu, pairs, drop_spoofed: false, mmds: None, port, shared, started: None })
     }
 
     /// The address the guest sees.
@@ -308,7 +312,9 @@ impl Net {
                 }
                 Some((_, tx)) => {
                     let gate = gate(&self.shared.tx_limits, TX_TIMER);
-                    *tx = Some(Tx::new(queue, kick, gate, features, source));
+                    let mut half = Tx::new(queue, kick, gate, features, source);
+                    half.mmds = self.mmds.clone();
+                    *tx = Some(half);
                 }
                 None => control = Some((queue, kick)),
             }
@@ -352,6 +358,7 @@ impl Net {
             gone: false,
             rx_spoiled: false,
             tx_spoiled: false,
+            mmds: self.mmds.clone(),
             tally: Tally::default(),
         }
     }
@@ -428,6 +435,7 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         use_pairs(&*self.port, &self.shared, 1);
+        self.mmds.iter().for_each(Detour::reset);
     }
 
     fn save(&self) -> Section {

@@ -68,6 +68,11 @@ impl Pool {
         self.chains.is_empty()
     }
 
+    /// Whether no more is popped, however little fits.
+    pub(super) fn is_full(&self) -> bool {
+        self.vectors.0.len() - self.first >= FILL_MAX
+    }
+
     /// Pops until `wanted` bytes fit or the guest has no more.
     pub(super) fn fill(&mut self, queue: &mut Queue, wanted: u64) -> Result<(), BufferError> {
         while self.capacity < wanted && self.vectors.0.len() - self.first < FILL_MAX && self.take(queue)? {}
@@ -115,6 +120,18 @@ impl Pool {
     /// Writes `data` into the newest chain, from its start; returns the bytes that fitted.
     pub(super) fn write_newest(&self, queue: &Queue, data: &[u8]) -> usize {
         self.chains.back().map_or(0, |chain| chain.write(queue, 0, data))
+    }
+
+    /// Writes `data`, which fits, into the oldest chains.
+    pub(super) fn write(&self, queue: &Queue, data: &[u8]) {
+        let mut rest = data;
+        for chain in &self.chains {
+            if rest.is_empty() {
+                break;
+            }
+            let written = chain.write(queue, 0, rest);
+            rest = rest.get(written..).unwrap_or_default();
+        }
     }
 
     /// Gives the driver the frame of `len` bytes that lies in the oldest chains; says in the

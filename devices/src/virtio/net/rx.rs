@@ -18,6 +18,7 @@
 use std::{
     io,
     os::fd::{AsRawFd, OwnedFd},
+    time::Instant,
 };
 
 use vmm_sys_util::eventfd::EventFd;
@@ -27,10 +28,18 @@ use super::{
     pool::{BufferError, Pool},
     tally::Tally,
 };
-use crate::{limiter::Gate, limits::NET_FRAME_MAX, virtio::queue::Queue};
+use crate::{
+    limiter::Gate,
+    limits::NET_FRAME_MAX,
+    mmds::{Detour, MTU},
+    virtio::queue::Queue,
+};
 
 /// Frames after which the driver is told, while more are coming.
 const PUBLISH_EVERY: usize = 32;
+
+/// The largest frame of the metadata service, header included.
+const REPLY_MAX: usize = header::LEN + header::ETHERNET + MTU;
 
 /// One byte more than the largest frame, so that a longer one shows.
 const WANTED: u64 = NET_FRAME_MAX as u64 + 1;
@@ -122,6 +131,51 @@ impl Rx {
             }
         }
         self.end(Turn::Budget, notify)
+    }
+
+    /// Gives the guest what the metadata service has for it, as far as the limiter lets it
+    /// and there are buffers; when these are wanting, the guest's doorbell is armed.
+    pub(super) fn inject(
+        &mut self,
+        mmds: &Detour,
+        tally: &mut Tally,
+        notify: &mut dyn FnMut(),
+    ) -> Result<(), BufferError> {
+        // An empty virtio header: all checksums are there.
+        let mut reply = [0; REPLY_MAX];
+        self.queue.disarm();
+        while mmds.has_reply() {
+            while !self.prepare(tally)? || self.wants_room_for(REPLY_MAX as u64) {
+                self.publish(notify);
+                if !self.queue.arm() {
+                    return Ok(());
+                }
+                self.queue.disarm();
+            }
+            if self.gate.is_shut() || !self.gate.admits(1) {
+                break;
+            }
+            let place = reply.get_mut(header::LEN..).unwrap_or_default();
+            let Some(len) = mmds.next_reply(place, Instant::now()) else { break };
+            self.gate.charge(len as u64);
+            let len = header::LEN + len;
+            if len as u64 > self.pool.capacity() {
+                tally.rx_dropped += 1;
+                continue;
+            }
+            self.pool.write(&self.queue, reply.get(..len).unwrap_or_default());
+            self.deliver(len, tally);
+        }
+        self.publish(notify);
+        // The doorbell is not armed, and the last buffer may be gone: frames of the host are
+        // looked after next.
+        let _ = self.kick.write(1);
+        Ok(())
+    }
+
+    /// Whether `len` bytes do not fit now, but may when the guest has given more buffers.
+    fn wants_room_for(&self, len: u64) -> bool {
+        self.mergeable && self.pool.capacity() < len && !self.pool.is_full()
     }
 
     /// Returns the queue as if nothing that was popped and not used had been. A frame in two

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod limits;
+mod metadata;
 mod traffic;
 
 use std::{

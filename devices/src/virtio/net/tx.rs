@@ -7,6 +7,7 @@
 use std::{
     io,
     os::fd::{AsRawFd, OwnedFd},
+    time::Instant,
 };
 
 use vmm_sys_util::eventfd::EventFd;
@@ -15,6 +16,7 @@ use super::{header, tally::Tally};
 use crate::{
     limiter::Gate,
     limits::NET_FRAME_MAX,
+    mmds::{Detour, HEAD_LEN},
     virtio::queue::{Chain, Queue, QueueError},
 };
 
@@ -24,6 +26,8 @@ const PUBLISH_EVERY: usize = 32;
 const SEGMENTS_MAX: usize = 1024;
 /// Bytes at the start of a frame that are copied before they are looked at.
 const COPIED: usize = header::LEN + header::ETHERNET;
+/// The same where frames may be the metadata service's: as much as shows whether they are.
+const COPIED_MMDS: usize = header::LEN + HEAD_LEN;
 /// Where the sender's address lies in them.
 const SOURCE: std::ops::Range<usize> = header::LEN + 6..header::LEN + 12;
 
@@ -61,11 +65,15 @@ pub(super) struct Tx {
     source: Option<[u8; 6]>,
     /// There is no host's side: frames are taken and dropped.
     pub(super) unplugged: bool,
+    /// Where frames of the metadata service go.
+    pub(super) mmds: Option<Detour>,
 }
 
 /// What became of a frame.
 enum Sent {
     Done(usize),
+    /// The metadata service has it; the host never sees it, and it costs nothing.
+    Detoured,
     Malformed,
     Spoofed,
     Failed(io::Error),
@@ -82,6 +90,7 @@ impl Tx {
             features,
             source,
             unplugged: false,
+            mmds: None,
         }
     }
 
@@ -109,11 +118,13 @@ impl Tx {
                 self.publish(notify);
                 return Ok(Turn::Limited);
             }
+            let mut free = self.unplugged;
             match self.send(port) {
                 Sent::Done(len) => {
                     tally.tx_packets += 1;
                     tally.tx_bytes += len as u64;
                 }
+                Sent::Detoured => free = true,
                 Sent::Malformed => tally.tx_malformed += 1,
                 Sent::Spoofed => tally.tx_spoofed += 1,
                 Sent::Failed(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -131,7 +142,7 @@ impl Tx {
                     tally.port_errors += u64::from(!self.unplugged);
                 }
             }
-            if !self.unplugged {
+            if !free {
                 // Only now: a frame that went back was not sent.
                 self.gate.charge(bytes);
             }
@@ -164,18 +175,23 @@ impl Tx {
             return Sent::Malformed;
         }
         let frame = len as usize - header::LEN;
-        let mut start = [0; COPIED];
-        self.chain.read(0, &mut start);
+        let copied = if self.mmds.is_some() { COPIED_MMDS.min(len as usize) } else { COPIED };
+        let mut start = [0; COPIED_MMDS];
+        let start = &mut start[..copied];
+        self.chain.read(0, start);
         let checked = start.first_chunk().and_then(|raw| header::check(*raw, frame, self.features));
         let Some(checked) = checked else { return Sent::Malformed };
         if self.source.is_some_and(|mac| start[SOURCE] != mac) {
             return Sent::Spoofed;
         }
+        if self.detour(&start[header::LEN..], frame) {
+            return Sent::Detoured;
+        }
         start[..header::LEN].copy_from_slice(&checked);
         if self.unplugged {
             return Sent::Failed(io::ErrorKind::NotConnected.into());
         }
-        if !self.gather(&mut start) {
+        if !self.gather(start) {
             return Sent::Malformed;
         }
         let row = &self.vectors.0;
@@ -193,9 +209,23 @@ impl Tx {
         }
     }
 
+    /// Gives the frame of `len` bytes that begins with `head` to the metadata service when it
+    /// is meant for that.
+    fn detour(&self, head: &[u8], len: usize) -> bool {
+        let Some(mmds) = self.mmds.as_ref().filter(|mmds| mmds.is_for_mmds(head)) else { return false };
+        let mut frame = vec![0; len];
+        self.chain.read(header::LEN as u64, &mut frame);
+        // What was looked at is what counts, whatever the guest wrote there since.
+        if let Some(place) = frame.get_mut(..head.len()) {
+            place.copy_from_slice(head);
+        }
+        mmds.take(&frame, Instant::now());
+        true
+    }
+
     /// Lines up the checked start and what follows the guest's one; false when these are
     /// too many pieces for one call.
-    fn gather(&mut self, start: &mut [u8; COPIED]) -> bool {
+    fn gather(&mut self, start: &mut [u8]) -> bool {
         let row = &mut self.vectors.0;
         row.clear();
         row.push(libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() });

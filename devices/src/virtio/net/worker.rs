@@ -19,6 +19,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU16, Ordering},
     },
+    time::Instant,
 };
 
 use vmm_sys_util::epoll::EventSet;
@@ -32,6 +33,7 @@ use super::{
 use crate::{
     limiter::{Gate, Throttle},
     limits::TURN_BUDGET,
+    mmds::Detour,
     virtio::{Interrupt, queue::Queue},
     worker::{Handler, Source, Watch},
 };
@@ -41,6 +43,7 @@ const TX_KICK: u32 = 1;
 const PORT: u32 = 2;
 pub(super) const RX_TIMER: u32 = 3;
 pub(super) const TX_TIMER: u32 = 4;
+const MMDS: u32 = 5;
 
 /// What the pairs of a device and its register half share.
 #[derive(Default)]
@@ -72,6 +75,8 @@ pub(super) struct Pair {
     pub(super) gone: bool,
     pub(super) rx_spoiled: bool,
     pub(super) tx_spoiled: bool,
+    /// The way to the metadata service.
+    pub(super) mmds: Option<Detour>,
     pub(super) tally: Tally,
 }
 
@@ -134,6 +139,21 @@ impl Pair {
                 self.tx_spoiled = true;
                 self.spoiled(index, &e);
             }
+        }
+    }
+
+    /// Hands the metadata service's replies to the guest. They need no host's side.
+    fn reply(&mut self) {
+        let Some(mmds) = self.mmds.as_ref().filter(|mmds| mmds.has_reply()) else { return };
+        if self.rx_spoiled || self.number >= self.shared.pairs.load(Ordering::Acquire) {
+            return;
+        }
+        let Some(rx) = &mut self.rx else { return };
+        let index = rx.queue.index();
+        let interrupt = &self.interrupt;
+        if let Err(e) = rx.inject(mmds, &mut self.tally, &mut || interrupt.queue(index)) {
+            self.rx_spoiled = true;
+            self.spoiled(index, &e);
         }
     }
 
@@ -214,6 +234,9 @@ impl Handler for Pair {
         sources.extend(self.tx.as_ref().map(|tx| Source::readable(&tx.kick, TX_KICK)));
         sources.extend(self.rx.as_ref().and_then(|rx| rx.gate.source()));
         sources.extend(self.tx.as_ref().and_then(|tx| tx.gate.source()));
+        // One thread is enough for the timer; which one does not matter.
+        let timer = self.mmds.as_ref().filter(|_| self.number == 0).map(Detour::timer);
+        sources.extend(timer.map(|fd| Source { fd, events: EventSet::IN, token: MMDS }));
         sources.extend(self.port_source(self.watched).filter(|s| !s.events.is_empty()));
         sources
     }
@@ -223,6 +246,7 @@ impl Handler for Pair {
         match token {
             RX_KICK => {
                 let _ = self.rx.as_ref().map(|rx| rx.kick.read());
+                self.reply();
                 self.receive(false);
             }
             TX_KICK => {
@@ -231,12 +255,14 @@ impl Handler for Pair {
             }
             RX_TIMER => {
                 self.rx.iter_mut().for_each(|rx| rx.gate.opened());
+                self.reply();
                 self.receive(false);
             }
             TX_TIMER => {
                 self.tx.iter_mut().for_each(|tx| tx.gate.opened());
                 self.transmit();
             }
+            MMDS => self.mmds.iter().for_each(|mmds| mmds.tick(Instant::now())),
             _ => {
                 if alarm || events.contains(EventSet::IN) {
                     self.receive(alarm);
@@ -246,6 +272,7 @@ impl Handler for Pair {
                 }
             }
         }
+        self.reply();
         self.rest(watch);
         self.settle(watch);
         self.shared.counters.add(&mut self.tally);
