@@ -10,9 +10,9 @@ use std::{
 
 use devices::{
     legacy::Output,
-    limiter::LimiterConfig,
+    limiter::{BucketConfig, LimiterConfig},
     virtio::{
-        VirtioDevice,
+        Change, VirtioDevice,
         balloon::{Balloon, BalloonConfig},
         block::{Block, BlockConfig},
         console::Console,
@@ -43,10 +43,17 @@ pub struct Kind {
 pub fn kinds() -> Vec<Kind> {
     vec![
         Kind { name: "rng", make: |_| Box::new(Rng::new()), request: || (0, vec![Part::Write(64)]) },
+        Kind {
+            name: "rng with limits",
+            make: |_| limited(Box::new(Rng::new())),
+            request: || (0, vec![Part::Write(64)]),
+        },
         Kind { name: "block", make: block, request: read_sector },
         Kind { name: "block with two queues", make: wide_block, request: read_sector },
+        Kind { name: "block with limits", make: |d| limited(wide_block(d)), request: read_sector },
         Kind { name: "net", make: |_| net(1), request: send_frame },
         Kind { name: "net with two pairs", make: |_| net(2), request: send_frame },
+        Kind { name: "net with limits", make: |_| limited(net(2)), request: send_frame },
         Kind { name: "vsock", make: vsock, request: || (1, vec![Part::Read(vec![0; 44])]) },
         Kind { name: "balloon", make: |_| balloon(), request: || (0, vec![Part::Read(vec![0xe8, 3, 0, 0])]) },
         Kind {
@@ -72,6 +79,15 @@ fn block(directory: &Path) -> Box<dyn VirtioDevice> {
 fn wide_block(directory: &Path) -> Box<dyn VirtioDevice> {
     let config = BlockConfig { queues: 2, queue_size: 64, discard: true, ..block_config(directory) };
     Box::new(Block::new(config).unwrap())
+}
+
+/// The device with limits so tight that nearly every request waits for a moment.
+fn limited(mut device: Box<dyn VirtioDevice>) -> Box<dyn VirtioDevice> {
+    let bucket = |size| Some(BucketConfig { size, one_time_burst: 0, refill_time_ms: 1 });
+    let limits = LimiterConfig { bandwidth: bucket(256), ops: bucket(1) };
+    let changes = [Change::Limits(limits), Change::DirectionLimits { rx: limits, tx: limits }];
+    assert!(changes.iter().any(|change| device.update(change).is_ok()));
+    device
 }
 
 /// Reads sector 0 (VIRTIO 1.2 section 5.2.6): header, data, status.

@@ -113,6 +113,8 @@ impl Tx {
             }
             // What is only dropped is not limited.
             let bytes = self.chain.readable_len().saturating_sub(header::LEN as u64);
+            // A chain too long for a frame moves nothing and owes nothing but an operation.
+            let bytes = if bytes > NET_FRAME_MAX as u64 { 0 } else { bytes };
             if !self.unplugged && (self.gate.is_shut() || !self.gate.admits(bytes)) {
                 self.queue.undo_pop(1);
                 self.publish(notify);

@@ -124,6 +124,16 @@ fn a_frame_the_host_would_not_take_is_paid_for_once() {
 }
 
 #[test]
+fn a_chain_too_long_for_a_frame_owes_no_bytes() {
+    let mut rig = limited(NONE, bytes(1000, HOUR));
+    let buffer = Buffer::readable(rig.scratch, SCRATCH as u32);
+    assert_eq!(rig.driver.request(1, &[buffer]), Some(0));
+    rig.wait_counter("tx_malformed", 1);
+    rig.send(&frame(1000, 1), &[]);
+    assert_eq!(rig.peers[0].take().unwrap(), frame(1000, 1));
+}
+
+#[test]
 fn a_peer_that_hangs_up_while_frames_wait_takes_the_link_down_and_spins_nobody() {
     let mut rig = limited(ops(1, 50), ops(1, HOUR));
     rig.post(&[1600]);
