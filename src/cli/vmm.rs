@@ -7,13 +7,13 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use api::{
     Fault, FaultKind, Spec,
-    spec::{ConsoleMode, LogLevel, Logger},
+    spec::{ConsoleMode, LogLevel, Logger, Metrics},
 };
 
 use crate::{
     controller::{Controller, Settings},
     logger,
-    metrics::{Milestone, Milestones},
+    metrics::{Milestone, Milestones, Startup},
     server::{Limits, Server},
     signals::{self, Signals},
     vm::{Ending, kvm},
@@ -35,6 +35,7 @@ Options:
       --module PATH        Log only this module
       --show-level         Put the level into each line
       --show-log-origin    Put the source line into each line
+      --metrics-path FILE  Write metrics to a file or named pipe, one JSON object a line
       --boot-timer         Log when the guest says it reached user space
       --http-api-max-payload-size BYTES
                            Largest body of a request [default: 51200]
@@ -66,6 +67,8 @@ struct Arguments {
     log: Logger,
     log_given: bool,
     boot_timer: bool,
+    metrics: Option<PathBuf>,
+    startup: Startup,
     show_counters: bool,
     show: Option<String>,
 }
@@ -119,6 +122,7 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
         boot_timer: arguments.boot_timer,
         keyboard: !arguments.no_api,
         log: arguments.log.clone(),
+        startup: arguments.startup,
     };
     let in_file = spec.as_ref().and_then(|spec| spec.logger.as_ref()).filter(|_| !arguments.log_given);
     logger::start(&settings.id, in_file.unwrap_or(&arguments.log)).map_err(|e| Fault {
@@ -136,8 +140,11 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
     }
     let starts = spec.is_some();
     let spec = spec.unwrap_or_default();
+    let flag = arguments.metrics.clone().map(|path| Metrics { metrics_path: path, ..Metrics::default() });
+    let metrics = [flag, spec.metrics.clone()];
     let mut controller =
         Controller::new(settings, Arc::clone(milestones), spec, server, signals).map_err(internal)?;
+    metrics.into_iter().flatten().try_for_each(|metrics| controller.configure_metrics(metrics))?;
     if starts {
         controller.start()?;
     }
@@ -218,7 +225,7 @@ fn print_counters(vm: &crate::vm::Vm) {
 }
 
 fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
-    const FLAGS: [&str; 22] = [
+    const FLAGS: [&str; 23] = [
         "--api-sock",
         "--http-api-max-payload-size",
         "--start-time-us",
@@ -237,6 +244,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
         "--module",
         "--show-level",
         "--show-log-origin",
+        "--metrics-path",
         "--boot-timer",
         "--show-counters",
         "--version",
@@ -255,10 +263,10 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
         match flag.as_str() {
             "--api-sock" => parsed.api_sock = Some(value()?.into()),
             "--http-api-max-payload-size" => parsed.payload_max = Some(number(&flag, &value()?)?),
-            // What the caller measured; taken so that its other flags are.
-            "--start-time-us" | "--start-time-cpu-us" | "--parent-cpu-time-us" => {
-                number::<u64>(&flag, &value()?)?;
-            }
+            "--start-time-us" => parsed.startup.start_us = Some(number(&flag, &value()?)?),
+            "--start-time-cpu-us" => parsed.startup.start_cpu_us = Some(number(&flag, &value()?)?),
+            "--parent-cpu-time-us" => parsed.startup.parent_cpu_us = Some(number(&flag, &value()?)?),
+            "--metrics-path" => parsed.metrics = Some(value()?.into()),
             "--seccomp-filter" => drop(value()?),
             "--no-seccomp" => {}
             "--snapshot-version" | "--describe-snapshot" => {

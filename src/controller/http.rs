@@ -56,6 +56,17 @@ impl Controller {
     }
 
     fn answer(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
+        let asked = Instant::now();
+        let route = self.metrics.api.asked(request.method.name(), &request.path);
+        let answer = self.carry_out(request, ticket);
+        if let Answer::Now(response) | Answer::Stream(response) = &answer {
+            let deprecated = response.header("Deprecation").is_some();
+            self.metrics.api.answered(route, response.status, asked.elapsed(), deprecated);
+        }
+        answer
+    }
+
+    fn carry_out(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
         match (request.method, request.path.as_str()) {
             (http::Method::Get, "/healthz") => Answer::Now(Response::value(&self.info())),
             (http::Method::Get, "/events") => self.follow(request, ticket),

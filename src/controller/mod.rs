@@ -22,6 +22,7 @@ mod draft;
 mod events;
 mod http;
 mod live;
+mod metrics;
 
 use std::{
     io,
@@ -38,7 +39,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{
     logger,
-    metrics::{Milestone, Milestones},
+    metrics::{Metrics, Milestone, Milestones, Startup},
     phase::{Phase, Verb},
     server::Server,
     signals::Signals,
@@ -117,6 +118,8 @@ pub struct Settings {
     pub keyboard: bool,
     /// Where the log goes and what it holds, as the command line says it.
     pub log: Logger,
+    /// What the caller measured of the start of this process.
+    pub startup: Startup,
 }
 
 /// The owner of one machine.
@@ -128,6 +131,7 @@ pub struct Controller {
     live: Option<Live>,
     server: Option<Server>,
     events: Events,
+    metrics: Metrics,
     /// What happened while the server was busy with the request that made it happen.
     unannounced: Vec<(&'static str, serde_json::Value)>,
     /// The server is calling.
@@ -151,6 +155,7 @@ impl Controller {
         signals: Signals,
     ) -> io::Result<Controller> {
         let mut controller = Controller {
+            metrics: Metrics::new(settings.startup),
             settings,
             milestones,
             phase: Phase::NotStarted,
@@ -196,6 +201,7 @@ impl Controller {
                 }
             }
             self.serve()?;
+            self.report_when_due();
             if self.phase == Phase::Ended {
                 return Ok(self.end(Ending::Stopped));
             }
@@ -218,6 +224,7 @@ impl Controller {
     fn end(&mut self, ending: Ending) -> Ending {
         self.phase = Phase::Ended;
         self.milestones.reached(Milestone::Ended);
+        self.report();
         let end = serde_json::json!({ "reason": ending.reason(), "exit_code": ending.exit_code() });
         self.announce("Ended", end.clone());
         if let Some(server) = &mut self.server {
@@ -235,7 +242,8 @@ impl Controller {
         let watch = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let server = self.server.as_ref().map_or(-1, Server::as_raw_fd);
         let mut fds = [watch(self.mailbox.bell.as_raw_fd()), watch(self.signals.as_raw_fd()), watch(server)];
-        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let next = [self.deadline, self.metrics.due()].into_iter().flatten().min();
+        let left = next.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         // Rounded up, so that the deadline has passed when the wait is over.
         let timeout = left.map_or(-1, |left| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX));
         // SAFETY: the array has three entries; a negative descriptor is passed over.
@@ -252,12 +260,16 @@ impl Controller {
     fn obey(&mut self, request: Request) -> Result<Reply, Fault> {
         let next = self.phase.after(verb(&request))?;
         let before = self.phase;
+        let asked = Instant::now();
         let reply = match request {
             Request::Info => Ok(Reply::Info(self.info())),
             Request::Version => Ok(Reply::Version(api::FIRECRACKER_VERSION.to_owned())),
             Request::Config => Ok(Reply::Config(Box::new(self.spec.clone()))),
             Request::MachineConfig => Ok(Reply::MachineConfig(self.spec.machine_config.clone())),
             Request::PutLogger(patch) => self.put_logger(patch),
+            Request::PutMetrics(wanted) => self.configure_metrics(wanted).map(|()| Reply::Done),
+            Request::FlushMetrics => self.flush_metrics().map(|()| Reply::Done),
+            Request::OpenMetrics => Ok(Reply::Text(self.metrics_page())),
             Request::Start => self.launch().map(|()| Reply::Done),
             Request::Stop => Ok(Reply::Done),
             other => match &mut self.live {
@@ -271,6 +283,7 @@ impl Controller {
         }?;
         self.phase = next;
         if next != before {
+            self.measure_change(before, asked.elapsed());
             self.announce(next.name(), serde_json::Value::Null);
         }
         Ok(reply)
@@ -335,7 +348,7 @@ fn verb(request: &Request) -> Verb {
     match request {
         Request::Info | Request::Version | Request::Config | Request::MachineConfig => Verb::Look,
         Request::Balloon | Request::Mmds | Request::PutMmds(_) | Request::PatchMmds(_) => Verb::Look,
-        Request::PutLogger(_) => Verb::Look,
+        Request::PutLogger(_) | Request::OpenMetrics => Verb::Look,
         Request::PutBootSource(_)
         | Request::PutMachineConfig(_)
         | Request::PutCpuConfig(_)
@@ -356,7 +369,6 @@ fn verb(request: &Request) -> Verb {
         | Request::HintingStatus
         | Request::MemoryHotplug
         | Request::Counters
-        | Request::OpenMetrics
         | Request::FlushMetrics
         | Request::PatchDrive(_)
         | Request::DeleteDrive(_)

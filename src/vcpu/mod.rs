@@ -40,7 +40,10 @@ use kvm_ioctls::VcpuFd;
 
 pub use run::Buses;
 
-use crate::{metrics::Exits, vm::Ending};
+use crate::{
+    metrics::{ExitSums, Exits},
+    vm::Ending,
+};
 
 /// How long vCPUs may take to obey an order.
 const OBEY_DEADLINE: Duration = Duration::from_secs(5);
@@ -226,16 +229,16 @@ impl Vcpus {
         self.0.len()
     }
 
+    /// Exits handed to this process so far, over all vCPUs, with the time they took.
+    pub fn exit_sums(&self) -> ExitSums {
+        let mut sums = ExitSums::default();
+        self.0.iter().for_each(|handle| sums.join(&handle.exits));
+        sums
+    }
+
     /// Exits handed to this process so far, by kind, over all vCPUs.
     pub fn exits(&self) -> Vec<(&'static str, u64)> {
-        let mut sums: Vec<(&'static str, u64)> = Vec::new();
-        for (name, count) in self.0.iter().flat_map(|h| h.exits.counts()) {
-            match sums.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, sum)) => *sum += count,
-                None => sums.push((name, count)),
-            }
-        }
-        sums
+        self.exit_sums().counts().to_vec()
     }
 
     /// Ends all threads and waits for them, each for a bounded time; the descriptors close.

@@ -113,23 +113,19 @@ impl Vcpu {
         match self.fd.run() {
             Ok(exit) => match exit {
                 VcpuExit::IoOut(port, data) => {
-                    self.exits.port.fetch_add(1, Relaxed);
-                    self.buses.ports.write(port.into(), data);
+                    self.exits.port_out.of(|| self.buses.ports.write(port.into(), data));
                     Next::Enter
                 }
                 VcpuExit::IoIn(port, data) => {
-                    self.exits.port.fetch_add(1, Relaxed);
-                    self.buses.ports.read(port.into(), data);
+                    self.exits.port_in.of(|| self.buses.ports.read(port.into(), data));
                     Next::Enter
                 }
                 VcpuExit::MmioWrite(address, data) => {
-                    self.exits.mmio.fetch_add(1, Relaxed);
-                    self.buses.mmio.write(address, data);
+                    self.exits.mmio_write.of(|| self.buses.mmio.write(address, data));
                     Next::Enter
                 }
                 VcpuExit::MmioRead(address, data) => {
-                    self.exits.mmio.fetch_add(1, Relaxed);
-                    self.buses.mmio.read(address, data);
+                    self.exits.mmio_read.of(|| self.buses.mmio.read(address, data));
                     Next::Enter
                 }
                 other => {

@@ -1,9 +1,11 @@
-//! When the machine reached what, and how often it left the guest.
+//! When the machine reached what.
 //!
 //! Milestones are stamped from the first commit on: boot time is a feature, and a figure
 //! nobody records is one that rots. A stamp is one clock reading and one store.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use super::times::now;
 
 /// Points on the way from `exec` to a running guest, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,40 +42,6 @@ impl Milestones {
         let start = self.0[0].load(Relaxed);
         let times = NAMES.iter().zip(&self.0).map(|(name, at)| (*name, at.load(Relaxed)));
         times.filter(|(_, at)| *at != 0).map(|(name, at)| (name, at.saturating_sub(start) / 1000)).collect()
-    }
-}
-
-/// Nanoseconds of the monotonic clock.
-fn now() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call fills the structure it is given.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
-}
-
-/// Exits of one vCPU that were handed to this process, by kind.
-#[derive(Debug, Default)]
-pub struct Exits {
-    /// Port reads and writes.
-    pub port: AtomicU64,
-    /// Memory-mapped register reads and writes.
-    pub mmio: AtomicU64,
-    /// Interruptions by a signal, to obey an order.
-    pub kicked: AtomicU64,
-    /// Everything else.
-    pub other: AtomicU64,
-}
-
-impl Exits {
-    /// The counts by name.
-    pub fn counts(&self) -> [(&'static str, u64); 4] {
-        let get = |a: &AtomicU64| a.load(Relaxed);
-        [
-            ("port", get(&self.port)),
-            ("mmio", get(&self.mmio)),
-            ("kicked", get(&self.kicked)),
-            ("other", get(&self.other)),
-        ]
     }
 }
 
