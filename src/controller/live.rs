@@ -51,6 +51,32 @@ impl Live {
                 let acknowledge_on_stop = start.acknowledge_on_stop;
                 self.update("virtio-balloon", "balloon", &Change::HintingStart { acknowledge_on_stop })?;
             }
+            Request::MemoryHotplug => {
+                let config = spec.memory_hotplug.as_ref().ok_or_else(|| missing("pluggable memory"))?;
+                let report = match self.vm.device("virtio-mem", "memory").map(|device| device.report()) {
+                    Some(Report::Memory(report)) => report,
+                    _ => return Err(missing("pluggable memory")),
+                };
+                return Ok(Reply::Json(json!({
+                    "total_size_mib": config.total_size_mib,
+                    "block_size_mib": config.block_size_mib,
+                    "slot_size_mib": config.slot_size_mib,
+                    "plugged_size_mib": report.plugged >> 20,
+                    "requested_size_mib": report.requested >> 20,
+                })));
+            }
+            Request::PatchMemoryHotplug(patch) => {
+                let bytes = u64::from(patch.requested_size_mib) << 20;
+                self.update("virtio-mem", "memory", &Change::MemoryRequested(bytes))?;
+            }
+            Request::PatchPmem(patch) => {
+                let pmem = spec.pmem.iter_mut().find(|p| p.id == patch.id);
+                let pmem = pmem.ok_or_else(|| unknown("pmem", &patch.id))?;
+                if let Some(limits) = &patch.rate_limiter {
+                    self.update("virtio-pmem", &patch.id, &Change::Limits(limiter(Some(limits))))?;
+                    merge(&mut pmem.rate_limiter, limits);
+                }
+            }
             Request::StopHinting => self.update("virtio-balloon", "balloon", &Change::HintingStop)?,
             Request::Nmi => self.vm.inject_nmi().map_err(fault)?,
             Request::CoreDump(path) => {
@@ -84,7 +110,8 @@ impl Live {
     fn balloon_statistics(&self) -> Result<Reply, Fault> {
         let report = self.balloon()?;
         let stats = report.stats.as_ref().ok_or_else(|| {
-            let text = "The balloon was made without statistics; set stats_polling_interval_s before the start";
+            let text =
+                "The balloon was made without statistics; set stats_polling_interval_s before the start";
             Fault::new(FaultKind::Conflict, text)
         })?;
         let mut answer = json!({
@@ -94,7 +121,8 @@ impl Live {
             "actual_mib": report.actual_mib,
         });
         // What this guest does not tell is left out.
-        if let (Some(fields), Ok(Value::Object(told))) = (answer.as_object_mut(), serde_json::to_value(stats)) {
+        if let (Some(fields), Ok(Value::Object(told))) = (answer.as_object_mut(), serde_json::to_value(stats))
+        {
             fields.extend(told.into_iter().filter(|(_, value)| !value.is_null()));
         }
         Ok(Reply::Json(answer))
@@ -135,8 +163,7 @@ impl Live {
     fn counters(&self) -> Value {
         let mut devices = Map::new();
         for (device, counter, count) in self.vm.counters() {
-            let entry =
-                devices.entry(device).or_insert_with(|| Value::Object(Default::default()));
+            let entry = devices.entry(device).or_insert_with(|| Value::Object(Default::default()));
             if let Some(entry) = entry.as_object_mut() {
                 entry.insert(counter.to_owned(), count.into());
             }

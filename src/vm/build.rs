@@ -33,6 +33,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::{
     Ending, Vm,
+    annex::Annex,
     attach::{AttachError, Places},
     boot_timer::{self, BootTimer},
     console::{ConsoleError, Consoles},
@@ -128,11 +129,14 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let config = &spec.machine_config;
     // The files come first: a missing one is the likeliest mistake and the cheapest to find.
     let files = Files::open(spec)?;
+    let annex = Annex::open(spec)?;
     let template = cpu::template(spec).map_err(processors)?;
     let kvm = kvm::open_for(&template)?;
     let vm = kvm::create_vm(&kvm)?;
-    let memory = memory::map(config)?;
-    memory::register(&vm, &memory, config.track_dirty_pages)?;
+    let ram = memory::map(config)?;
+    let slots = memory::register(&vm, &ram, config.track_dirty_pages)?;
+    let slots = annex.register(&vm, slots)?;
+    let memory = annex.joined_to(ram.clone(), config.track_dirty_pages)?;
     irqchip::create(&vm).map_err(processors)?;
     let fds = (0..u64::from(config.vcpu_count))
         .map(|index| vm.create_vcpu(index).map_err(kvm::call("create a vCPU")))
@@ -155,6 +159,13 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let platform = Platform::build(plan, &host, &ports, &mut places)?;
     let (serial, consoles) = Consoles::open(spec, &*host, &ports, &mut places)?;
     attach_devices(spec, &mut places)?;
+    let (pluggable, persistent) = annex.devices(spec, &host, slots)?;
+    for (id, device) in persistent {
+        places.attach(&id, Box::new(device))?;
+    }
+    if let Some(device) = pluggable {
+        places.attach("memory", Box::new(device))?;
+    }
 
     let sleep = acpi::Sleep { control: port(power::SLEEP_CONTROL), status: port(power::SLEEP_STATUS) };
     let events = acpi::Events { line: platform.line, status: port(power::EVENT_STATUS) };
@@ -197,7 +208,7 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
         power: platform.power,
         keyboard: platform.keyboard,
         milestones: Arc::clone(&plan.milestones),
-        memory,
+        ram,
         consoles,
         _host: host,
     })
@@ -314,7 +325,10 @@ fn attach_devices(spec: &Spec, places: &mut Places) -> Result<(), BuildError> {
     Ok(())
 }
 
-fn named<E: std::error::Error + Send + Sync + 'static>(what: String) -> impl FnOnce(E) -> BuildError {
+/// An error of a part, with the part's name.
+pub(super) fn named<E: std::error::Error + Send + Sync + 'static>(
+    what: String,
+) -> impl FnOnce(E) -> BuildError {
     move |source| BuildError::Device { what, source: Box::new(source) }
 }
 
@@ -332,6 +346,9 @@ fn command_line(spec: &Spec) -> Result<CommandLine, BootError> {
         let device =
             root.partuuid.as_ref().map_or_else(|| "/dev/vda".to_owned(), |id| format!("PARTUUID={id}"));
         line.push(&format!("root={device} {}", if root.is_read_only { "ro" } else { "rw" }))?;
+    }
+    if let Some((index, root)) = spec.pmem.iter().enumerate().find(|(_, pmem)| pmem.root_device) {
+        line.push(&format!("root=/dev/pmem{index} {}", if root.read_only { "ro" } else { "rw" }))?;
     }
     Ok(line)
 }

@@ -137,9 +137,12 @@ fn map_aligned(size: usize, flags: i32) -> io::Result<*mut u8> {
     }
 }
 
-/// Gives each region of `memory` to KVM as a slot of its own.
-pub fn register(vm: &VmFd, memory: &Memory, track_dirty_pages: bool) -> Result<(), MemoryError> {
+/// Gives each region of `memory` to KVM as a slot of its own, and returns the number of the
+/// first slot that is free.
+pub fn register(vm: &VmFd, memory: &Memory, track_dirty_pages: bool) -> Result<u32, MemoryError> {
+    let mut free = 0;
     for (slot, region) in (0..).zip(memory.iter()) {
+        free = slot + 1;
         let (base, len) = (region.start_addr().raw_value(), region.len());
         let host =
             region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_err(|_| MemoryError::Regions)?;
@@ -158,7 +161,7 @@ pub fn register(vm: &VmFd, memory: &Memory, track_dirty_pages: bool) -> Result<(
             source,
         })?;
     }
-    Ok(())
+    Ok(free)
 }
 
 fn advise(at: *mut u8, len: usize, advice: i32) -> io::Result<()> {

@@ -14,6 +14,7 @@
 //! Order of pausing: vCPUs first, so that no new work arrives, then devices, which finish or
 //! put back what they hold. Resuming is the same backwards.
 
+pub mod annex;
 pub mod attach;
 pub mod boot_timer;
 pub mod build;
@@ -134,8 +135,8 @@ pub struct Vm {
     pub(crate) power: Arc<Power>,
     pub(crate) keyboard: Option<Arc<I8042>>,
     pub(crate) milestones: Arc<Milestones>,
-    /// Kept mapped until the process ends.
-    pub(crate) memory: Memory,
+    /// What the machine booted with; kept mapped until the process ends.
+    pub(crate) ram: Memory,
     pub(crate) consoles: console::Consoles,
     pub(crate) _host: Arc<host::KvmHost>,
 }
@@ -176,11 +177,12 @@ impl Vm {
         Ok(self.vcpus.nmi()?)
     }
 
-    /// Writes memory and registers to `path`, which must not exist; only while paused. Takes as
+    /// Writes RAM and registers to `path`, which must not exist; only while paused. Memory that
+    /// was plugged in later is left out. Takes as
     /// long as the disk takes for the memory that the guest has used.
     pub fn core_dump(&self, path: &Path) -> Result<coredump::Written, VmError> {
         let vcpus = self.vcpus.save(&self.shape)?;
-        Ok(coredump::write(path, &self.memory, &vcpus)?)
+        Ok(coredump::write(path, &self.ram, &vcpus)?)
     }
 
     /// Waits, for a bounded time, until what the guest printed has left.
