@@ -13,7 +13,7 @@ use crate::{
 impl Controller {
     /// Says where metrics are written. This can be said once, before the start.
     pub fn configure_metrics(&mut self, wanted: spec::Metrics) -> Result<(), Fault> {
-        self.metrics.configure(&wanted).map_err(fault)?;
+        self.metrics.configure(&wanted).map_err(|e| fault(&e))?;
         self.spec.metrics = Some(wanted);
         Ok(())
     }
@@ -21,7 +21,7 @@ impl Controller {
     /// Writes a line now, or says that it was lost.
     pub(super) fn flush_metrics(&mut self) -> Result<(), Fault> {
         let reading = self.reading();
-        self.metrics.flush(&reading).map_err(fault)
+        self.metrics.flush(&reading).map_err(|e| fault(&e))
     }
 
     /// Writes the line that is due, if any.
@@ -75,6 +75,62 @@ impl Controller {
     }
 }
 
-fn fault(error: MetricsError) -> Fault {
-    Fault::from_error(error.kind(), &error)
+fn fault(error: &MetricsError) -> Fault {
+    Fault::from_error(error.kind(), error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use api::{FaultKind, Reply, Request, Spec};
+
+    use crate::{
+        controller::{Controller, Settings},
+        metrics::Milestones,
+        phase::TOO_EARLY,
+        signals::Signals,
+        vm::Ending,
+    };
+
+    fn controller() -> Controller {
+        let signals = Signals::block(&[]).unwrap();
+        let settings = Settings { id: "m-1".to_owned(), ..Settings::default() };
+        Controller::new(settings, Arc::new(Milestones::default()), Spec::default(), None, signals).unwrap()
+    }
+
+    fn wanted(path: &std::path::Path) -> Request {
+        Request::PutMetrics(api::spec::Metrics { metrics_path: path.to_owned(), ..Default::default() })
+    }
+
+    #[test]
+    fn where_metrics_go_is_said_once_and_nothing_is_written_before_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+        let mut controller = controller();
+        assert!(controller.obey(wanted(dir.path())).is_err());
+        assert_eq!(controller.spec().metrics, None);
+        controller.obey(wanted(&first)).unwrap();
+        let fault = controller.obey(wanted(&second)).unwrap_err();
+        assert!(fault.kind == FaultKind::Conflict && fault.message.contains("first"), "{fault}");
+        assert!(!second.exists());
+        assert_eq!(controller.spec().metrics.as_ref().unwrap().metrics_path, first);
+        assert_eq!(controller.obey(Request::FlushMetrics).unwrap_err().message, TOO_EARLY);
+        assert_eq!(std::fs::read_to_string(&first).unwrap(), "");
+    }
+
+    #[test]
+    fn the_page_is_there_before_the_start_and_the_last_line_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics");
+        let mut controller = controller();
+        controller.obey(wanted(&path)).unwrap();
+        let Reply::Text(page) = controller.obey(Request::OpenMetrics).unwrap() else { panic!("no text") };
+        assert!(
+            page.contains(r#"nacelle_machine_state{machine="m-1",nacelle_machine_state="NotStarted"} 1"#)
+        );
+        controller.handle().ended(Ending::Off);
+        assert_eq!(controller.run().unwrap(), Ending::Off);
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 1);
+    }
 }
