@@ -37,6 +37,9 @@ Options:
       --show-log-origin    Put the source line into each line
       --metrics-path FILE  Write metrics to a file or named pipe, one JSON object a line
       --boot-timer         Log when the guest says it reached user space
+      --metadata FILE      Data of the metadata service, as JSON
+      --mmds-size-limit BYTES
+                           Most data the service holds [default: that of a request]
       --http-api-max-payload-size BYTES
                            Largest body of a request [default: 51200]
       --start-time-us, --start-time-cpu-us, --parent-cpu-time-us N
@@ -60,6 +63,8 @@ const API_SOCKET: &str = "/run/firecracker.socket";
 struct Arguments {
     api_sock: Option<PathBuf>,
     payload_max: Option<usize>,
+    mmds_max: Option<usize>,
+    metadata: Option<PathBuf>,
     config_file: Option<PathBuf>,
     no_api: bool,
     id: Option<String>,
@@ -122,6 +127,7 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
         boot_timer: arguments.boot_timer,
         keyboard: !arguments.no_api,
         log: arguments.log.clone(),
+        mmds_size_limit: arguments.mmds_max.or(arguments.payload_max),
         startup: arguments.startup,
     };
     let in_file = spec.as_ref().and_then(|spec| spec.logger.as_ref()).filter(|_| !arguments.log_given);
@@ -145,6 +151,9 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
     let mut controller =
         Controller::new(settings, Arc::clone(milestones), spec, server, signals).map_err(internal)?;
     metrics.into_iter().flatten().try_for_each(|metrics| controller.configure_metrics(metrics))?;
+    if let Some(path) = &arguments.metadata {
+        controller.put_metadata(metadata(path)?)?;
+    }
     if starts {
         controller.start()?;
     }
@@ -200,16 +209,28 @@ fn inode(path: &std::path::Path) -> Option<(u64, u64)> {
 }
 
 fn read(path: &std::path::Path) -> Result<Spec, Fault> {
-    use std::io::Read;
-    let fail = |e: std::io::Error| Fault {
+    Spec::from_json(path, &text_of("Configuration file", path)?)
+}
+
+fn metadata(path: &std::path::Path) -> Result<serde_json::Value, Fault> {
+    serde_json::from_str(&text_of("Metadata file", path)?).map_err(|e| Fault {
         kind: FaultKind::Invalid,
-        message: format!("Configuration file {} cannot be read", path.display()),
+        message: format!("Metadata file {} is not JSON", path.display()),
         causes: vec![e.to_string()],
-    };
+    })
+}
+
+/// The text of a file, one byte more than a configuration may have at most.
+fn text_of(what: &str, path: &std::path::Path) -> Result<String, Fault> {
+    use std::io::Read;
     let mut text = String::with_capacity(8 << 10);
     let limit = api::spec::CONFIG_FILE_MAX as u64 + 1;
-    std::fs::File::open(path).and_then(|f| f.take(limit).read_to_string(&mut text)).map_err(fail)?;
-    Spec::from_json(path, &text)
+    let read = std::fs::File::open(path).and_then(|f| f.take(limit).read_to_string(&mut text));
+    read.map(|_| text).map_err(|e| Fault {
+        kind: FaultKind::Invalid,
+        message: format!("{what} {} cannot be read", path.display()),
+        causes: vec![e.to_string()],
+    })
 }
 
 fn print_counters(vm: &crate::vm::Vm) {
@@ -225,7 +246,9 @@ fn print_counters(vm: &crate::vm::Vm) {
 }
 
 fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
-    const FLAGS: [&str; 23] = [
+    const FLAGS: [&str; 25] = [
+        "--metadata",
+        "--mmds-size-limit",
         "--api-sock",
         "--http-api-max-payload-size",
         "--start-time-us",
@@ -262,6 +285,8 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
             || inline.clone().or_else(|| rest.next()).ok_or_else(|| format!("{flag} needs a value"));
         match flag.as_str() {
             "--api-sock" => parsed.api_sock = Some(value()?.into()),
+            "--metadata" => parsed.metadata = Some(value()?.into()),
+            "--mmds-size-limit" => parsed.mmds_max = Some(number(&flag, &value()?)?),
             "--http-api-max-payload-size" => parsed.payload_max = Some(number(&flag, &value()?)?),
             "--start-time-us" => parsed.startup.start_us = Some(number(&flag, &value()?)?),
             "--start-time-cpu-us" => parsed.startup.start_cpu_us = Some(number(&flag, &value()?)?),

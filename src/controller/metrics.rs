@@ -71,6 +71,9 @@ impl Controller {
         if let Some(live) = &self.live {
             reading.add_machine(&live.vm);
         }
+        if let Some(mmds) = &self.mmds {
+            reading.add("mmds", mmds.counters());
+        }
         reading
     }
 }

@@ -22,6 +22,7 @@ mod draft;
 mod events;
 mod http;
 mod live;
+mod metadata;
 mod metrics;
 
 use std::{
@@ -35,6 +36,7 @@ use api::{
     Control, Fault, FaultKind, MachineInfo, Reply, Request, Spec,
     spec::{self, Logger},
 };
+use devices::mmds::Mmds;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{
@@ -118,6 +120,8 @@ pub struct Settings {
     pub keyboard: bool,
     /// Where the log goes and what it holds, as the command line says it.
     pub log: Logger,
+    /// Bytes that the metadata service holds at most (`--mmds-size-limit`).
+    pub mmds_size_limit: Option<usize>,
     /// What the caller measured of the start of this process.
     pub startup: Startup,
 }
@@ -129,6 +133,7 @@ pub struct Controller {
     phase: Phase,
     spec: Spec,
     live: Option<Live>,
+    mmds: Option<Arc<Mmds>>,
     server: Option<Server>,
     events: Events,
     metrics: Metrics,
@@ -161,6 +166,7 @@ impl Controller {
             phase: Phase::NotStarted,
             spec,
             live: None,
+            mmds: None,
             server,
             events: Events::default(),
             unannounced: Vec::new(),
@@ -270,6 +276,9 @@ impl Controller {
             Request::PutMetrics(wanted) => self.configure_metrics(wanted).map(|()| Reply::Done),
             Request::FlushMetrics => self.flush_metrics().map(|()| Reply::Done),
             Request::OpenMetrics => Ok(Reply::Text(self.metrics_page())),
+            Request::Mmds => Ok(self.metadata()),
+            Request::PutMmds(data) => self.put_metadata(data).map(|()| Reply::Done),
+            Request::PatchMmds(data) => self.patch_metadata(data).map(|()| Reply::Done),
             Request::Start => self.launch().map(|()| Reply::Done),
             Request::Stop => Ok(Reply::Done),
             other => match &mut self.live {
@@ -309,6 +318,7 @@ impl Controller {
 
     fn launch(&mut self) -> Result<(), Fault> {
         self.spec.check()?;
+        let mmds = self.configured_service()?;
         let report = self.mailbox.handle.clone();
         let plan = build::Plan {
             spec: &self.spec,
@@ -316,6 +326,7 @@ impl Controller {
             ended: Arc::new(move |ending| report.ended(ending)),
             keyboard: self.settings.keyboard,
             boot_timer: self.settings.boot_timer,
+            mmds,
         };
         let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
         self.milestones.reached(Milestone::Built);

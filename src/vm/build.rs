@@ -25,6 +25,7 @@ use devices::{
         power::{self, Power, PowerEvent},
     },
     limiter::{BucketConfig, LimiterConfig},
+    mmds::Mmds,
     pci::root::Root,
     virtio::{VirtioDevice, balloon, block, net, rng, vsock},
 };
@@ -60,6 +61,8 @@ pub struct Plan<'a> {
     pub keyboard: bool,
     /// Put the boot timer's register in its place.
     pub boot_timer: bool,
+    /// The metadata service, for the interfaces that its configuration names.
+    pub mmds: Option<Arc<Mmds>>,
 }
 
 /// Why a machine could not be built.
@@ -158,7 +161,7 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let mut places = Places::new(memory.clone(), host.clone(), mmio.clone(), root.clone());
     let platform = Platform::build(plan, &host, &ports, &mut places)?;
     let (serial, consoles) = Consoles::open(spec, &*host, &ports, &mut places)?;
-    attach_devices(spec, &mut places)?;
+    attach_devices(plan, &mut places)?;
     let (pluggable, persistent) = annex.devices(spec, &host, slots)?;
     for (id, device) in persistent {
         places.attach(&id, Box::new(device))?;
@@ -287,7 +290,8 @@ impl Platform {
     }
 }
 
-fn attach_devices(spec: &Spec, places: &mut Places) -> Result<(), BuildError> {
+fn attach_devices(plan: &Plan<'_>, places: &mut Places) -> Result<(), BuildError> {
+    let spec = plan.spec;
     // The root device is the first disk, because the command line calls it /dev/vda.
     let (roots, others): (Vec<_>, Vec<_>) = spec.drives.iter().partition(|d| d.is_root_device);
     for drive in roots.into_iter().chain(others) {
@@ -298,7 +302,11 @@ fn attach_devices(spec: &Spec, places: &mut Places) -> Result<(), BuildError> {
     for interface in &spec.network_interfaces {
         let what = format!("Network interface {:?}", interface.iface_id);
         let config = net_config(interface).map_err(named(what.clone()))?;
-        let card = net::Net::new(config).map_err(named(what))?;
+        let mut card = net::Net::new(config).map_err(named(what.clone()))?;
+        let named_there = |mmds: &&Arc<Mmds>| mmds.config().interfaces.contains(&interface.iface_id);
+        if let Some(mmds) = plan.mmds.as_ref().filter(named_there) {
+            card.connect_mmds(Arc::clone(mmds)).map_err(named(what))?;
+        }
         places.attach(&interface.iface_id, Box::new(card))?;
     }
     if let Some(vsock) = &spec.vsock {

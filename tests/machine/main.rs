@@ -21,6 +21,7 @@
 //! the console, the end of a process) and has a deadline, and a missed one shows the console.
 
 mod api_curl;
+mod api_devices;
 mod api_life;
 mod block;
 mod boot;

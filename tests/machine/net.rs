@@ -8,7 +8,8 @@ use std::{
     time::Duration,
 };
 
-use api::spec::{NetworkInterface, Transport};
+use api::spec::{MmdsConfig, MmdsVersion, NetworkInterface, Transport};
+use serde_json::{Value, json};
 
 use crate::{
     kernel::Kernel,
@@ -156,4 +157,60 @@ fn packets_pass_both_ways_over_mmio() {
 #[test]
 fn packets_pass_both_ways_over_pci_with_two_queue_pairs() {
     packets_pass_both_ways(Kernel::quick(), Transport::Pci, 72, 9000, 2);
+}
+
+/// Data is put through the API, asked for by the guest with a token, changed, and asked again;
+/// nothing of it is seen on the tap.
+#[test]
+fn a_guest_reads_its_metadata_with_a_token() {
+    let script = r#"
+        ip link set eth0 up
+        ip addr add 172.31.9.2/24 dev eth0
+        ip route add 169.254.169.254 dev eth0
+        ask() { printf "$1 HTTP/1.1\r\nHost: x\r\n$2\r\n" | nc -w 5 169.254.169.254 80 | tr -d '\r'; }
+        body() { sed '1,/^$/d'; }
+        fact without $(ask 'GET /latest/meta-data/name' '' | head -n 1 | cut -d' ' -f2)
+        token=$(ask 'PUT /latest/api/token' 'X-metadata-token-ttl-seconds: 60\r\nConnection: close\r\n' | body)
+        with="X-metadata-token: $token\r\nConnection: close\r\n"
+        fact name $(ask 'GET /latest/meta-data/name' "$with" | body)
+        fact keys $(ask 'GET /latest/meta-data' "$with" | body | tr '\n' ' ')
+        echo ready; read -r word
+        fact changed $(ask 'GET /latest/meta-data/name' "$with" | body)
+        fact missing $(ask 'GET /latest/nothing' "$with" | head -n 1 | cut -d' ' -f2)"#;
+    let tap = Tap::new("nacelle-t9", 9, 1500, 1);
+    let mut setup = Setup::new(Kernel::quick(), Transport::Mmio).script(script);
+    setup.spec.network_interfaces = vec![NetworkInterface {
+        iface_id: "eth0".to_owned(),
+        host_dev_name: Some(tap.name.to_owned()),
+        host_dev_fd: None,
+        guest_mac: Some("06:00:00:00:00:09".to_owned()),
+        mtu: None,
+        rx_rate_limiter: None,
+        tx_rate_limiter: None,
+        num_queue_pairs: 1,
+    }];
+    setup.spec.mmds_config = Some(MmdsConfig {
+        version: MmdsVersion::V2,
+        network_interfaces: vec!["eth0".to_owned()],
+        ..MmdsConfig::default()
+    });
+    let data = json!({ "latest": { "meta-data": { "name": "first", "tags": { "a": "1" } } } });
+    let file = setup.folder().join("metadata.json");
+    std::fs::write(&file, data.to_string()).unwrap();
+    let setup = setup.flag("--metadata").flag(file.to_str().unwrap());
+    let mut vm = setup.start_with_api();
+    let mut client = vm.client();
+    assert_eq!(client.get::<Value>("/mmds").unwrap(), data);
+    vm.wait_for("ready\n");
+    let patch = json!({ "latest": { "meta-data": { "name": "second" } } });
+    assert_eq!(client.patch::<Value>("/mmds", Some(&patch)).unwrap(), Value::Null);
+    let large = json!({ "x": "y".repeat(60_000) });
+    assert!(client.put::<Value>("/mmds", Some(&large)).is_err());
+    vm.say("go");
+    let ended = vm.succeed();
+    ended.is("without", "401");
+    ended.is("name", "first");
+    ended.is("keys", "name tags/");
+    ended.is("changed", "second");
+    ended.is("missing", "404");
 }
