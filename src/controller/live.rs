@@ -78,20 +78,20 @@ impl Live {
                 }
             }
             Request::StopHinting => self.update("virtio-balloon", "balloon", &Change::HintingStop)?,
-            Request::Nmi => self.vm.inject_nmi().map_err(fault)?,
+            Request::Nmi => self.vm.inject_nmi().map_err(|e| fault(&e))?,
             Request::CoreDump(path) => {
-                let written = self.vm.core_dump(&path).map_err(fault)?;
+                let written = self.vm.core_dump(&path).map_err(|e| fault(&e))?;
                 log::info!("Wrote {} bytes of a core file to {}", written.data, path.display());
             }
             Request::Counters => return Ok(Reply::Json(self.counters())),
             Request::PatchDrive(patch) => self.patch_drive(spec, patch)?,
-            Request::PatchNetworkInterface(patch) => self.patch_network_interface(spec, patch)?,
+            Request::PatchNetworkInterface(patch) => self.patch_network_interface(spec, &patch)?,
             // Both can be repeated safely.
-            Request::Pause if phase == Phase::Running => self.vm.pause().map_err(fault)?,
-            Request::Resume if phase == Phase::Paused => self.vm.resume().map_err(fault)?,
+            Request::Pause if phase == Phase::Running => self.vm.pause().map_err(|e| fault(&e))?,
+            Request::Resume if phase == Phase::Paused => self.vm.resume().map_err(|e| fault(&e))?,
             Request::Pause | Request::Resume => {}
-            Request::PowerButton => self.vm.press_power_button().map_err(fault)?,
-            Request::CtrlAltDel => self.vm.press_ctrl_alt_del().map_err(fault)?,
+            Request::PowerButton => self.vm.press_power_button().map_err(|e| fault(&e))?,
+            Request::CtrlAltDel => self.vm.press_ctrl_alt_del().map_err(|e| fault(&e))?,
             Request::CreateSnapshot => {
                 return Err(Fault::new(FaultKind::Unsupported, "This version cannot take snapshots yet"));
             }
@@ -144,7 +144,7 @@ impl Live {
         Ok(())
     }
 
-    fn patch_network_interface(&self, spec: &mut Spec, patch: NetworkInterfacePatch) -> Result<(), Fault> {
+    fn patch_network_interface(&self, spec: &mut Spec, patch: &NetworkInterfacePatch) -> Result<(), Fault> {
         let interface = spec.network_interfaces.iter_mut().find(|n| n.iface_id == patch.iface_id);
         let interface = interface.ok_or_else(|| unknown("network interface", &patch.iface_id))?;
         let (rx, tx) = (patch.rx_rate_limiter, patch.tx_rate_limiter);
@@ -185,8 +185,8 @@ fn merge(old: &mut Option<RateLimiter>, new: &RateLimiter) {
     *old = Some(RateLimiter { bandwidth: new.bandwidth.or(before.bandwidth), ops: new.ops.or(before.ops) });
 }
 
-fn fault(error: VmError) -> Fault {
-    Fault::from_error(error.kind(), &error)
+fn fault(error: &VmError) -> Fault {
+    Fault::from_error(error.kind(), error)
 }
 
 fn missing(what: &str) -> Fault {

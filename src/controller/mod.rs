@@ -56,7 +56,7 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 const FAREWELL: Duration = Duration::from_millis(500);
 
 enum Event {
-    Call(Request, mpsc::SyncSender<Result<Reply, Fault>>),
+    Call(Box<Request>, mpsc::SyncSender<Result<Reply, Fault>>),
     Ended(Ending),
 }
 
@@ -83,7 +83,7 @@ impl Handle {
 impl Control for Handle {
     fn call(&self, request: Request) -> Result<Reply, Fault> {
         let (reply, answer) = mpsc::sync_channel(1);
-        self.put(Event::Call(request, reply))?;
+        self.put(Event::Call(Box::new(request), reply))?;
         answer.recv_timeout(ANSWER_DEADLINE).unwrap_or_else(|_| {
             Err(Fault::new(FaultKind::Internal, "The machine did not answer in time; it may have ended"))
         })
@@ -202,7 +202,7 @@ impl Controller {
                 match event {
                     Event::Ended(ending) => return Ok(self.end(ending)),
                     Event::Call(request, reply) => {
-                        let _ = reply.send(self.obey(request));
+                        let _ = reply.send(self.obey(*request));
                     }
                 }
             }

@@ -25,6 +25,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memo
 use kvm_ioctls::VmFd;
 
 use super::{
+    attach::Places,
     build::{BuildError, limiter, named},
     host::KvmHost,
     memory::MemoryError,
@@ -104,14 +105,14 @@ impl Annex {
         Ok(slot)
     }
 
-    /// The devices by name. Pluggable memory takes KVM's slots from number `first` on.
-    pub fn devices(
+    /// Puts the devices into `places`. Pluggable memory takes KVM's slots from number `first` on.
+    pub fn attach(
         &self,
         spec: &Spec,
         host: &Arc<KvmHost>,
         first: u32,
-    ) -> Result<(Option<Mem>, Vec<(String, Pmem)>), BuildError> {
-        let mut files = Vec::new();
+        places: &mut Places,
+    ) -> Result<(), BuildError> {
         for (pmem, (backing, start)) in spec.pmem.iter().zip(&self.files) {
             let config = PmemConfig {
                 id: pmem.id.clone(),
@@ -120,15 +121,17 @@ impl Annex {
                 limiter: limiter(pmem.rate_limiter.as_ref()),
             };
             let device = Pmem::new(&config, Arc::clone(backing), *start);
-            files.push((pmem.id.clone(), device.map_err(named(format!("Pmem {:?}", pmem.id)))?));
+            let device = device.map_err(named(format!("Pmem {:?}", pmem.id)))?;
+            places.attach(&pmem.id, Box::new(device))?;
         }
         let flags = if spec.machine_config.track_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-        let slots = || Arc::new(KvmSlots { host: Arc::clone(host), first, flags });
-        let make = |(config, region): &(MemConfig, Arc<Region>)| {
-            Mem::new(config.clone(), Arc::clone(region), slots())
-                .map_err(named("Pluggable memory".to_owned()))
-        };
-        Ok((self.pluggable.as_ref().map(make).transpose()?, files))
+        if let Some((config, region)) = &self.pluggable {
+            let slots = Arc::new(KvmSlots { host: Arc::clone(host), first, flags });
+            let device = Mem::new(*config, Arc::clone(region), slots);
+            let device = device.map_err(named("Pluggable memory".to_owned()))?;
+            places.attach("memory", Box::new(device))?;
+        }
+        Ok(())
     }
 }
 

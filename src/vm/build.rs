@@ -162,13 +162,7 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let platform = Platform::build(plan, &host, &ports, &mut places)?;
     let (serial, consoles) = Consoles::open(spec, &*host, &ports, &mut places)?;
     attach_devices(plan, &mut places)?;
-    let (pluggable, persistent) = annex.devices(spec, &host, slots)?;
-    for (id, device) in persistent {
-        places.attach(&id, Box::new(device))?;
-    }
-    if let Some(device) = pluggable {
-        places.attach("memory", Box::new(device))?;
-    }
+    annex.attach(spec, &host, slots, &mut places)?;
 
     let sleep = acpi::Sleep { control: port(power::SLEEP_CONTROL), status: port(power::SLEEP_STATUS) };
     let events = acpi::Events { line: platform.line, status: port(power::EVENT_STATUS) };
