@@ -52,6 +52,9 @@ use live::Live;
 
 /// How long a caller waits for its answer before it is told that the machine is stuck.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a machine runs before the program text that only starting needed is given back. One
+/// that lives shorter has nothing of it, and would pay for touching some of it again.
+const SETTLED: Duration = Duration::from_secs(1);
 /// How long clients are waited for at the end, when they have still to read an answer.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -145,6 +148,8 @@ pub struct Controller {
     waiting: Vec<crate::server::Ticket>,
     /// When a machine that was asked to shut down is ended.
     deadline: Option<Instant>,
+    /// When a machine that was started has settled.
+    settled: Option<Instant>,
     mailbox: Mailbox,
     signals: Signals,
 }
@@ -173,6 +178,7 @@ impl Controller {
             serving: false,
             waiting: Vec::new(),
             deadline: None,
+            settled: None,
             mailbox: Mailbox::new()?,
             signals,
         };
@@ -208,6 +214,10 @@ impl Controller {
             }
             self.serve()?;
             self.report_when_due();
+            if self.settled.is_some_and(|settled| settled <= Instant::now()) {
+                self.settled = None;
+                crate::footprint::give_back_program_text();
+            }
             if self.phase == Phase::Ended {
                 return Ok(self.end(Ending::Stopped));
             }
@@ -248,7 +258,7 @@ impl Controller {
         let watch = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let server = self.server.as_ref().map_or(-1, Server::as_raw_fd);
         let mut fds = [watch(self.mailbox.bell.as_raw_fd()), watch(self.signals.as_raw_fd()), watch(server)];
-        let next = [self.deadline, self.metrics.due()].into_iter().flatten().min();
+        let next = [self.deadline, self.settled, self.metrics.due()].into_iter().flatten().min();
         let left = next.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         // Rounded up, so that the deadline has passed when the wait is over.
         let timeout = left.map_or(-1, |left| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX));
@@ -332,7 +342,7 @@ impl Controller {
         self.milestones.reached(Milestone::Built);
         vm.run().map_err(|e| Fault::from_error(e.kind(), &e))?;
         self.live = Some(Live { vm });
-        crate::footprint::give_back_program_text();
+        self.settled = Instant::now().checked_add(SETTLED);
         Ok(())
     }
 
