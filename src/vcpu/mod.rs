@@ -120,6 +120,10 @@ pub enum VcpuError {
     },
 }
 
+/// Orders or answers that may wait. One is under way at a time; a vCPU that does not obey fills
+/// this and is then told to be stuck.
+const WAITING: usize = 4;
+
 /// The `immediate_exit` byte of a vCPU's shared page.
 #[derive(Clone, Copy)]
 struct Immediate(*const AtomicU8);
@@ -142,7 +146,7 @@ impl Immediate {
 }
 
 struct Handle {
-    orders: mpsc::Sender<Order>,
+    orders: mpsc::SyncSender<Order>,
     answers: mpsc::Receiver<Answer>,
     immediate: Immediate,
     thread: thread::JoinHandle<VcpuFd>,
@@ -164,8 +168,8 @@ impl Vcpus {
         let mut handles = Vec::with_capacity(fds.len());
         for (index, mut fd) in fds.into_iter().enumerate() {
             let immediate = Immediate::of(&mut fd);
-            let (orders, inbox) = mpsc::channel();
-            let (outbox, answers) = mpsc::channel();
+            let (orders, inbox) = mpsc::sync_channel(WAITING);
+            let (outbox, answers) = mpsc::sync_channel(WAITING);
             let exits = Arc::new(Exits::default());
             let vcpu = run::Vcpu::new(fd, buses.clone(), Arc::clone(ended), Arc::clone(&exits));
             let thread = thread::Builder::new()
@@ -180,13 +184,13 @@ impl Vcpus {
 
     /// Lets all vCPUs run.
     pub fn run(&self) -> Result<(), VcpuError> {
-        self.each(|index, h| h.orders.send(Order::Run).map_err(|_| VcpuError::Gone(index)))
+        self.each(|index, h| h.order(index, Order::Run))
     }
 
     /// Stops all vCPUs where they are and waits until they stand still.
     pub fn pause(&self) -> Result<(), VcpuError> {
         self.each(|index, h| {
-            h.orders.send(Order::Pause).map_err(|_| VcpuError::Gone(index))?;
+            h.order(index, Order::Pause)?;
             h.kick();
             Ok(())
         })?;
@@ -198,9 +202,7 @@ impl Vcpus {
 
     /// Reads the state of every vCPU; only while paused.
     pub fn save(&self, shape: &Arc<StateShape>) -> Result<Vec<VcpuState>, VcpuError> {
-        self.each(|index, h| {
-            h.orders.send(Order::Save(Arc::clone(shape))).map_err(|_| VcpuError::Gone(index))
-        })?;
+        self.each(|index, h| h.order(index, Order::Save(Arc::clone(shape))))?;
         let saved = |(index, h): (usize, &Handle)| match h.answer(index)? {
             Answer::Saved(state) => state.map(|s| *s).map_err(|source| VcpuError::State { index, source }),
             _ => Err(VcpuError::OutOfTurn(index)),
@@ -214,7 +216,7 @@ impl Vcpus {
     /// them, forgets the interrupt when it starts.
     pub fn nmi(&self) -> Result<(), VcpuError> {
         self.each(|index, h| {
-            h.orders.send(Order::Nmi).map_err(|_| VcpuError::Gone(index))?;
+            h.order(index, Order::Nmi)?;
             h.kick();
             Ok(())
         })?;
@@ -244,7 +246,7 @@ impl Vcpus {
     /// Ends all threads and waits for them, each for a bounded time; the descriptors close.
     pub fn finish(self) {
         for handle in &self.0 {
-            let _ = handle.orders.send(Order::Finish);
+            let _ = handle.orders.try_send(Order::Finish);
             handle.kick();
         }
         for handle in self.0 {
@@ -274,6 +276,13 @@ impl Handle {
         // SAFETY: the thread was not joined, so its id still names it; the signal has a
         // handler that does nothing.
         unsafe { libc::pthread_kill(self.thread.as_pthread_t() as _, kick_signal()) };
+    }
+
+    fn order(&self, index: usize, order: Order) -> Result<(), VcpuError> {
+        self.orders.try_send(order).map_err(|e| match e {
+            mpsc::TrySendError::Full(_) => VcpuError::Stuck { index },
+            mpsc::TrySendError::Disconnected(_) => VcpuError::Gone(index),
+        })
     }
 
     fn answer(&self, index: usize) -> Result<Answer, VcpuError> {

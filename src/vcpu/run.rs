@@ -57,7 +57,7 @@ impl Vcpu {
     pub fn obey(
         mut self,
         inbox: &mpsc::Receiver<Order>,
-        outbox: &mpsc::Sender<Answer>,
+        outbox: &mpsc::SyncSender<Answer>,
         immediate: Immediate,
     ) -> VcpuFd {
         let mut running = false;
@@ -83,7 +83,8 @@ impl Vcpu {
                 }
             };
             immediate.set(0);
-            if outbox.send(told).is_err() {
+            // An answer that nobody waits for any more may be lost.
+            if let Err(mpsc::TrySendError::Disconnected(_)) = outbox.try_send(told) {
                 return self.fd;
             }
         }

@@ -19,8 +19,9 @@ use super::{
 use crate::host;
 
 const LIMIT: Duration = Duration::from_secs(30);
-/// How long a machine stands before its memory is looked at.
-const SETTLE: Duration = Duration::from_millis(500);
+/// How long a machine stands before its memory is looked at: longer than it takes to give back what
+/// only its start needed.
+const SETTLE: Duration = Duration::from_millis(1500);
 const MANY: u32 = 32;
 
 /// Measures and reports.
