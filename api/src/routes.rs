@@ -280,7 +280,7 @@ fn named<T: DeserializeOwned>(id: &str, body: &[u8], of: fn(&T) -> &String) -> R
 }
 
 fn checked(id: &str) -> Result<&str, Fault> {
-    if id.chars().all(|c| c == '_' || c.is_alphanumeric()) {
+    if id.chars().all(|c| c == '_' || c.is_ascii_alphanumeric()) {
         Ok(id)
     } else {
         Err(wrong("API Resource IDs can only contain alphanumeric characters and underscores"))

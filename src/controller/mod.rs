@@ -401,12 +401,13 @@ fn verb(request: &Request) -> Verb {
         | Request::PatchBalloonStatistics(_)
         | Request::StartHinting(_)
         | Request::StopHinting
-        | Request::PatchMemoryHotplug(_) => Verb::Change,
+        | Request::PatchMemoryHotplug(_)
+        | Request::Nmi => Verb::Change,
         Request::CreateSnapshot | Request::CoreDump(_) => Verb::Copy,
         Request::Start => Verb::Start,
         Request::Pause => Verb::Pause,
         Request::Resume => Verb::Resume,
-        Request::PowerButton | Request::CtrlAltDel | Request::Nmi => Verb::Press,
+        Request::PowerButton | Request::CtrlAltDel => Verb::Press,
         Request::Stop => Verb::Stop,
     }
 }

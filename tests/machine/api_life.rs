@@ -171,7 +171,7 @@ fn calls(source: &Value, disk: &Value, metrics: &Value) -> Vec<Call> {
         ("PUT", "/snapshot/create", json!({}), [400; 3]),
         ("PUT", "/snapshot/load", json!({}), [400; 3]),
         ("GET", "/vm/counters", none(), [400, 200, 200]),
-        ("PUT", "/vm/nmi", none(), [400, 204, 400]),
+        ("PUT", "/vm/nmi", none(), [400, 204, 204]),
         ("PUT", "/vm/power-button", none(), [400, 0, 400]),
         ("PUT", "/vm/coredump", json!({ "path": "/" }), [400; 3]),
     ]

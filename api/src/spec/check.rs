@@ -156,8 +156,9 @@ impl Spec {
             )));
         }
         match mmds.ipv4_address {
-            Some(address) if !address.is_link_local() => Err(wrong(format!(
-                "The ipv4_address of mmds-config is {address}; it must lie in 169.254.0.0/16"
+            // The first and the last 256 addresses are reserved (RFC 3927 section 2.1).
+            Some(address) if !matches!(address.octets(), [169, 254, 1..=254, _]) => Err(wrong(format!(
+                "The ipv4_address of mmds-config is {address}; it must be 169.254.1.0 to 169.254.254.255"
             ))),
             _ => Ok(()),
         }
@@ -187,6 +188,10 @@ impl Spec {
                     let rule = "either host_dev_name or host_dev_fd must be given";
                     return Err(wrong(format!("Interface {id:?}: {rule}")));
                 }
+            }
+            if let Some(mac) = interface.guest_mac.as_ref().filter(|mac| !is_mac(mac)) {
+                let rule = "a MAC address is six pairs of hexadecimal digits with colons between";
+                return Err(wrong(format!("Interface {id:?} has guest_mac {mac:?}; {rule}")));
             }
             if interface.mtu.is_some_and(|mtu| mtu < 68) {
                 return Err(wrong(format!(
@@ -227,6 +232,11 @@ impl super::Serial {
         let implied = if self.serial_out_path.is_some() { ConsoleMode::File } else { ConsoleMode::Stdio };
         self.mode.unwrap_or(implied)
     }
+}
+
+fn is_mac(text: &str) -> bool {
+    let pair = |pair: &str| pair.len() == 2 && pair.bytes().all(|byte| byte.is_ascii_hexdigit());
+    text.split(':').count() == 6 && text.split(':').all(pair)
 }
 
 fn check_socket_path(what: &str, path: &std::path::Path) -> Result<(), Fault> {
