@@ -2,7 +2,7 @@
 //! guest, the host's own files, taps and sockets.
 //!
 //! ```text
-//!   boot  block  net  vsock   hostile  api_*         what is tested
+//!   boot  block  net  vsock  hostile  api_*  clients   what is tested
 //!        |                       |
 //!        v                       |
 //!   vm: Setup -> Vm -> Ended     |            one machine: its process, console and log
@@ -25,6 +25,7 @@ mod api_devices;
 mod api_life;
 mod block;
 mod boot;
+mod clients;
 mod guest;
 mod hostile;
 mod kernel;

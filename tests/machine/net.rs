@@ -19,15 +19,17 @@ use crate::{
 const MIB: usize = 1 << 20;
 const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
 
-/// A tap of this test with an address on it.
-struct Tap {
-    name: &'static str,
+/// A tap of a test with an address on it.
+pub struct Tap {
+    /// Its name.
+    pub name: &'static str,
     host: Ipv4Addr,
     guest: Ipv4Addr,
 }
 
 impl Tap {
-    fn new(name: &'static str, net: u8, mtu: u16, queues: u16) -> Tap {
+    /// Makes one with 172.31.`net`.1 on the host; .2 is for the guest.
+    pub fn new(name: &'static str, net: u8, mtu: u16, queues: u16) -> Tap {
         let tap = Tap { name, host: Ipv4Addr::new(172, 31, net, 1), guest: Ipv4Addr::new(172, 31, net, 2) };
         let kind = if queues > 1 { " multi_queue" } else { "" };
         // One that an earlier, killed run has left behind.

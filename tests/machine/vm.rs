@@ -130,6 +130,11 @@ impl Setup {
         (self.spawn(["--api-sock".as_ref(), socket.as_os_str()]), spec)
     }
 
+    /// How the machine ended that another program made of what [`Setup::write`] wrote.
+    pub fn ended(self, code: i32, console: String, log: String) -> Ended {
+        Ended { code, console, log, folder: self.folder }
+    }
+
     fn spawn<const N: usize>(mut self, flags: [&OsStr; N]) -> Vm {
         let mut command = Command::new(env!("CARGO_BIN_EXE_nacelle"));
         command.args(["vmm", "--level", "Info", "--show-counters"]);

@@ -46,6 +46,9 @@ pub const TEST_PACKAGES: [Package; 8] = [
     package("tar", "tar"),
 ];
 
+/// What makes the tests' Python environment, where `python3` has not all of it.
+pub const PYTHON_PACKAGES: [Package; 1] = [package("python3-venv", "/usr/share/doc/python3-venv")];
+
 /// What `cargo xtask bench` needs beside the lab.
 pub const BENCH_PACKAGES: [Package; 2] = [package("iproute2", "ip"), package("strace", "strace")];
 

@@ -19,6 +19,7 @@ mod image;
 mod kernel;
 mod lab;
 mod progress;
+mod python;
 mod run;
 mod test;
 

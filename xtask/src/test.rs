@@ -12,7 +12,8 @@
 //! the last lines are its summary. Tests that need a guest find what they need in variables:
 //! `NACELLE_CACHE_DIR` (kernels lie in `kernels/` there), `NACELLE_TEST_KERNEL` (Debian's cloud
 //! kernel), `NACELLE_TEST_BUILT_KERNEL` (nacelle's own, where it is built),
-//! `NACELLE_TEST_IMAGE` (an OCI layout with busybox).
+//! `NACELLE_TEST_IMAGE` (an OCI layout with busybox), `NACELLE_TEST_PYTHON` (an interpreter with
+//! a published Firecracker client).
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -20,7 +21,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::{build, host, image, kernel, lab};
+use crate::{build, host, image, kernel, lab, python};
 
 /// Runs all tests, or those whose names contain one of `filter`; flags for the test programs
 /// may be among them. 0 when all passed.
@@ -73,6 +74,10 @@ fn variables() -> Result<Vec<(&'static str, OsString)>> {
         ("NACELLE_TEST_KERNEL", kernel::debian_cloud()?.into_os_string()),
         ("NACELLE_TEST_IMAGE", image::busybox()?.into_os_string()),
     ];
+    match python::interpreter() {
+        Ok(python) => variables.push(("NACELLE_TEST_PYTHON", python.into_os_string())),
+        Err(error) => eprintln!("{error:#}\nGoing on; the tests that need it will fail."),
+    }
     variables.extend(kernel::built().map(|kernel| ("NACELLE_TEST_BUILT_KERNEL", kernel.into_os_string())));
     Ok(variables)
 }
