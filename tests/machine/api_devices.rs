@@ -173,7 +173,7 @@ fn persistent_memory_keeps_what_is_written() {
         fact read $(head -c 6 /dev/pmem0)
         printf 'inside' | dd of=/dev/pmem0 bs=4096 seek=1 conv=fsync,notrunc
         fact second $(cat /sys/block/pmem1/size)"#;
-    let mut setup = Setup::new(Kernel::debian(), Transport::Pci).script(script);
+    let mut setup = Setup::new(Kernel::quick(), Transport::Pci).script(script);
     let (file, fixed) = (setup.folder().join("pmem"), setup.folder().join("fixed"));
     for path in [&file, &fixed] {
         let mut made = File::create(path).unwrap();
