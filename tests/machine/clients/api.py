@@ -1,9 +1,10 @@
 """Drives a monitor through `Api` of firecracker-python, one step of a test at a time.
 
-    api.py SOCKET STEP [JSON]
+    api.py SOCKET TOLD
 
-`configure` takes what differs from test to test as JSON; `change` and `end` need nothing.
-A request that the client takes for failed ends this program with its exception.
+TOLD is what differs from test to test, as JSON. Each line of standard input names a step and is
+answered by itself when that is done. A request that the client takes for failed ends this
+program with its exception.
 """
 
 import json
@@ -45,7 +46,7 @@ def configure(api, told):
     refused(api.boot.put, "start", kernel_image_path=told["kernel"])
 
 
-def change(api):
+def change(api, _told):
     api.mmds.patch(name="second")
     assert api.mmds.get().json() == {"name": "second", "kept": "yes"}
     assert state(api) == "Running"
@@ -62,10 +63,12 @@ def change(api):
     assert config["machine-config"]["mem_size_mib"] == 256, config
 
 
-def end(api):
+def end(api, _told):
     api.actions.put(action_type="SendCtrlAltDel")
 
 
 if __name__ == "__main__":
-    step = {"configure": configure, "change": change, "end": end}[sys.argv[2]]
-    step(Api(sys.argv[1]), *map(json.loads, sys.argv[3:]))
+    client, told = Api(sys.argv[1]), json.loads(sys.argv[2])
+    for line in sys.stdin:
+        {"configure": configure, "change": change, "end": end}[line.strip()](client, told)
+        print(line, end="", flush=True)

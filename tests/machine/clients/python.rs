@@ -4,30 +4,42 @@ use std::{
     env,
     ffi::OsStr,
     fs,
+    io::Write,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Output, Stdio},
 };
 
 use api::spec::Transport;
 use serde_json::json;
 
-use super::{PRELUDE, echo_once, firecracker};
-use crate::{kernel::Kernel, net::Tap, side::CALL_BYTES, vm::Setup};
+use super::{PATIENCE, PRELUDE, echo_once, firecracker};
+use crate::{
+    kernel::Kernel,
+    net::Tap,
+    process::{Process, Stream, within},
+    side::CALL_BYTES,
+    vm::Setup,
+};
 
-/// Runs one of the programs to its end; what it printed.
-fn python<I: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = I>) -> String {
+/// One of the programs, to be started.
+fn python<I: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = I>) -> Command {
     let interpreter = env::var_os("NACELLE_TEST_PYTHON").expect(
         "NACELLE_TEST_PYTHON does not name a Python with the packages of tests/machine/clients/requirements.txt; \
          `cargo xtask test` makes one and sets it",
     );
     let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/machine/clients").join(program);
     let mut command = Command::new(interpreter);
-    // What is compiled of the packages need not be kept.
-    let output = command.env("PYTHONDONTWRITEBYTECODE", "1").arg(&program).args(arguments).output().unwrap();
+    // Nothing is to be written beside the sources.
+    command.env("PYTHONDONTWRITEBYTECODE", "1").arg(program).args(arguments);
+    command
+}
+
+/// What a program said that has ended well.
+fn said(output: Output) -> String {
     let [said, why] =
         [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).replace('\r', ""));
-    assert!(output.status.success(), "{} failed\n{said}\n{why}", program.display());
+    assert!(output.status.success(), "{}\n{said}\n{why}", output.status);
     said
 }
 
@@ -84,16 +96,20 @@ fn a_python_client_drives_a_machine_through_its_socket() {
     });
     let small = Small::new(vm.socket().parent().unwrap(), "api");
     let socket = small.0.join("api");
-    let step = |name: &str, told: &[String]| {
-        let arguments = [OsStr::new(&socket), OsStr::new(name)];
-        python("api.py", arguments.into_iter().chain(told.iter().map(OsStr::new)));
+    let mut command = python("api.py", [OsStr::new(&socket), OsStr::new(&told.to_string())]);
+    let mut child = Process::new(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
+    let answers = Stream::of(child.child().stdout.take().unwrap());
+    let mut steps = child.child().stdin.take().unwrap();
+    let mut step = |name: &str| {
+        writeln!(steps, "{name}").unwrap();
+        assert!(answers.heard(name, within(PATIENCE.as_secs())), "the client failed in {name:?}");
     };
-    step("configure", &[told.to_string()]);
+    step("configure");
     vm.wait_for("ready\n");
-    step("change", &[]);
+    step("change");
     vm.say("go");
     vm.wait_for("last\n");
-    step("end", &[]);
+    step("end");
     let ended = vm.wait();
     assert_eq!(ended.code, 0);
     ended.is("cpus", &2);
@@ -147,7 +163,8 @@ fn a_python_package_keeps_a_machine_as_its_own() {
     let (kernel, initrd) = (source.kernel_image_path.clone(), source.initrd_path.clone().unwrap());
     let (data, program) = (small.0.join("machines"), firecracker(&folder));
     let address = "172.31.84.2".into();
-    let console = python("microvm.py", [data, program, kernel, initrd, disk.clone(), address, calls]);
+    let mut command = python("microvm.py", [data, program, kernel, initrd, disk.clone(), address, calls]);
+    let console = said(command.output().unwrap());
     let ended = setup.ended(0, console, String::new());
     ended.is("cpus", &2);
     for (fact, value) in [("read", "inside"), ("ping", "answered"), ("name", "machine"), ("call", "answered")]
