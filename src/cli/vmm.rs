@@ -169,6 +169,7 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
             print_counters(vm);
         }
     }
+    controller.close();
     Ok(ending)
 }
 
@@ -179,8 +180,9 @@ fn serve(arguments: &Arguments) -> Result<Server, Fault> {
     Server::new(&path, limits).map_err(|e| Fault::from_error(FaultKind::Invalid, &e))
 }
 
-/// The sockets a machine made, to be removed at its end, unless somebody else has put
-/// something in their place meanwhile.
+/// The console sockets a machine made, to be removed at its end, unless somebody else has put
+/// something in their place meanwhile. That of vsock stays, as Firecracker's does: its clients
+/// insist on removing it themselves.
 struct Sockets(Vec<(PathBuf, u64, u64)>);
 
 impl Sockets {
@@ -189,8 +191,7 @@ impl Sockets {
         let serial = serial.and_then(|s| s.serial_out_path.as_ref());
         let console = spec.console.as_ref().filter(|c| c.mode == ConsoleMode::Socket);
         let console = console.and_then(|c| c.path.as_ref());
-        let vsock = spec.vsock.as_ref().map(|v| &v.uds_path);
-        let paths = [serial, console, vsock].into_iter().flatten();
+        let paths = [serial, console].into_iter().flatten();
         Sockets(paths.filter_map(|path| inode(path).map(|(dev, ino)| (path.clone(), dev, ino))).collect())
     }
 
