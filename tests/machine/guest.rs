@@ -44,7 +44,16 @@ poweroff -f
 /// Modules for what a test's guest drives.
 const REQUIRED: [&str; 5] =
     ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport"];
-const OPTIONAL: [&str; 6] = ["virtio_console", "virtio_rng", "evdev", "button", "virtio_pmem", "nd_pmem"];
+const OPTIONAL: [&str; 8] = [
+    "virtio_console",
+    "virtio_rng",
+    "evdev",
+    "button",
+    "virtio_pmem",
+    "nd_pmem",
+    "virtio_balloon",
+    "virtio_mem",
+];
 
 /// Writes the archive for `kernel` to `path`. With `side`, this program is `/bin/side` in it.
 pub fn write_initrd(path: &Path, kernel: &Kernel, script: &str, side: bool) {
