@@ -202,14 +202,19 @@ fn persistent_memory_keeps_what_is_written() {
 fn memory_is_plugged_and_unplugged() {
     let script = r#"
         total() { awk '/MemTotal/{print $2}' /proc/meminfo; }
-        fact before $(total)
+        start=$(total)
+        fact before $start
+        # The device is done a moment before the kernel counts what it got.
+        until_total() { for i in $(seq 200); do [ $(total) $1 $2 ] && break; sleep 0.1; done; }
         echo ready; read -r word
+        until_total -ge $((start + 524288))
         fact during $(total)
         mount -o remount,size=400m /tmp
         dd if=/dev/zero of=/tmp/big bs=1M count=300
         fact sum $(sha256sum < /tmp/big | cut -d' ' -f1)
         rm /tmp/big
         echo next; read -r word
+        until_total -le $start
         fact after $(total)"#;
     let mut setup = Setup::new(Kernel::quick(), Transport::Mmio).script(script);
     setup.spec.memory_hotplug =

@@ -376,7 +376,8 @@ fn a_rust_client_drives_every_device_from_configuration_to_shutdown() {
         ip addr add 172.31.83.2/24 dev eth0
         ip route add 169.254.170.2 dev eth0
         ping -c 1 -W 20 172.31.83.1 && fact ping answered
-        fact before $(total)
+        start=$(total)
+        fact before $start
         echo ready; read -r word
         fact name $(ask /name)
         fact balloon $(total)
@@ -384,6 +385,8 @@ fn a_rust_client_drives_every_device_from_configuration_to_shutdown() {
         fact changed $(cat /sys/block/vda/size)
         call && fact call answered
         echo next; read -r word
+        settles() { [ $(total) -ge $((start + 131072)) ]; }
+        for i in $(seq 200); do settles && break; sleep 0.1; done
         fact after $(total)
         echo last
         while :; do sleep 1; done"#;
