@@ -7,7 +7,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use api::{
     Fault, FaultKind, Spec,
-    spec::{ConsoleMode, LogLevel, Logger, Metrics},
+    spec::{LogLevel, Logger, Metrics},
 };
 
 use crate::{
@@ -164,7 +164,6 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
     }
     if let Some(vm) = controller.vm() {
         vm.finish_consoles();
-        Sockets::of(controller.spec()).remove();
         if arguments.show_counters {
             print_counters(vm);
         }
@@ -178,35 +177,6 @@ fn serve(arguments: &Arguments) -> Result<Server, Fault> {
     let limits = Limits::default();
     let limits = Limits { body: arguments.payload_max.unwrap_or(limits.body), ..limits };
     Server::new(&path, limits).map_err(|e| Fault::from_error(FaultKind::Invalid, &e))
-}
-
-/// The console sockets a machine made, to be removed at its end, unless somebody else has put
-/// something in their place meanwhile. That of vsock stays, as Firecracker's does: its clients
-/// insist on removing it themselves.
-struct Sockets(Vec<(PathBuf, u64, u64)>);
-
-impl Sockets {
-    fn of(spec: &Spec) -> Sockets {
-        let serial = spec.serial.as_ref().filter(|s| s.far_end() == ConsoleMode::Socket);
-        let serial = serial.and_then(|s| s.serial_out_path.as_ref());
-        let console = spec.console.as_ref().filter(|c| c.mode == ConsoleMode::Socket);
-        let console = console.and_then(|c| c.path.as_ref());
-        let paths = [serial, console].into_iter().flatten();
-        Sockets(paths.filter_map(|path| inode(path).map(|(dev, ino)| (path.clone(), dev, ino))).collect())
-    }
-
-    fn remove(&self) {
-        for (path, dev, ino) in &self.0 {
-            if inode(path) == Some((*dev, *ino)) {
-                let _ = std::fs::remove_file(path);
-            }
-        }
-    }
-}
-
-fn inode(path: &std::path::Path) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 fn read(path: &std::path::Path) -> Result<Spec, Fault> {

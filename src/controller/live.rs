@@ -4,21 +4,21 @@ use api::{
     Fault, FaultKind, Reply, Request, Spec,
     spec::{DrivePatch, NetworkInterfacePatch, RateLimiter},
 };
-use devices::{
-    limiter::LimiterConfig,
-    virtio::{Change, Report, balloon::BalloonReport},
-};
+use devices::virtio::{Change, Report, balloon::BalloonReport};
 use serde_json::{Map, Value, json};
 
+use super::sockets::Sockets;
 use crate::{
     phase::Phase,
-    vm::{Vm, VmError, build},
+    vm::{Vm, VmError, build::limiter},
 };
 
 /// A machine that was started.
 pub struct Live {
     /// The machine.
     pub vm: Vm,
+    /// Its console sockets.
+    pub sockets: Sockets,
 }
 
 impl Live {
@@ -172,11 +172,6 @@ impl Live {
             self.vm.exits().into_iter().map(|(kind, count)| (kind.to_owned(), count.into())).collect();
         json!({ "devices": devices, "exits": exits })
     }
-}
-
-/// Limits as devices take them.
-fn limiter(limits: Option<&RateLimiter>) -> LimiterConfig {
-    build::limiter(limits)
 }
 
 /// What the limits are after a live change: a bucket that is absent stays.

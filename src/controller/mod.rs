@@ -24,6 +24,7 @@ mod http;
 mod live;
 mod metadata;
 mod metrics;
+mod sockets;
 
 use std::{
     io,
@@ -49,6 +50,7 @@ use crate::{
 };
 use events::Events;
 use live::Live;
+use sockets::Sockets;
 
 /// How long a caller waits for its answer before it is told that the machine is stuck.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
@@ -237,10 +239,13 @@ impl Controller {
         &self.spec
     }
 
-    /// Closes the API's socket and lets go of the rest as it is, for a process that ends now: what
-    /// the kernel takes back by itself need not be taken apart, and the socket of vsock stays where
-    /// its owner looks for it.
+    /// Removes the sockets of the API and of consoles and lets go of the rest as it is, for a
+    /// process that ends now: what the kernel takes back by itself need not be taken apart, and the
+    /// socket of vsock stays where its owner looks for it.
     pub fn close(mut self) {
+        if let Some(live) = &self.live {
+            live.sockets.remove();
+        }
         drop(self.server.take());
         std::mem::forget(self);
     }
@@ -349,7 +354,7 @@ impl Controller {
         let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
         self.milestones.reached(Milestone::Built);
         vm.run().map_err(|e| Fault::from_error(e.kind(), &e))?;
-        self.live = Some(Live { vm });
+        self.live = Some(Live { vm, sockets: Sockets::of(&self.spec) });
         self.settled = Instant::now().checked_add(SETTLED);
         Ok(())
     }

@@ -57,6 +57,7 @@ use rustix::{
 
 use connection::{Connection, Fate, Turn};
 use socket::Listener;
+pub(crate) use socket::identity;
 pub use socket::{LONGEST_PATH, SocketError};
 
 /// The most descriptors that may come with one request.

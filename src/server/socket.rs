@@ -114,7 +114,8 @@ impl Drop for Listener {
     }
 }
 
-fn identity(path: &Path) -> Option<(u64, u64)> {
+/// Device and inode of what is at a path, to know one's own socket again.
+pub(crate) fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
