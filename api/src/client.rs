@@ -94,6 +94,19 @@ impl Client {
         self.call(Method::Put, path, body)
     }
 
+    /// As [`Client::put`], with descriptors that go along (at most 16, and only over a unix
+    /// socket): the file of a disk, or those of a tap.
+    pub fn put_with<T: DeserializeOwned>(
+        &mut self,
+        path: &str,
+        body: &(impl Serialize + ?Sized),
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(ClientError::Body)?;
+        let response = self.send(Method::Put, path, &body, descriptors)?;
+        read(path, &response)
+    }
+
     /// Changes what is at `path`.
     pub fn patch<T: DeserializeOwned>(
         &mut self,
@@ -128,8 +141,7 @@ impl Client {
     ) -> Result<T, ClientError> {
         let body = body.map(serde_json::to_vec).transpose().map_err(ClientError::Body)?;
         let response = self.send(method, path, body.as_deref().unwrap_or_default(), &[])?;
-        let bytes = if response.body.is_empty() { b"null" } else { response.body.as_slice() };
-        serde_json::from_slice(bytes).map_err(|source| ClientError::Answer { path: path.to_owned(), source })
+        read(path, &response)
     }
 
     /// As [`Client::call`], with the bytes of the body, descriptors to go along (at most 16,
@@ -217,6 +229,12 @@ fn exchange(
         (Err(_), Err(e)) => Err((e, false)),
         (Err(e), Ok(())) => Err((e, true)),
     }
+}
+
+/// The value of an answer; no body is `null`.
+fn read<T: DeserializeOwned>(path: &str, response: &Response) -> Result<T, ClientError> {
+    let bytes = if response.body.is_empty() { b"null" } else { response.body.as_slice() };
+    serde_json::from_slice(bytes).map_err(|source| ClientError::Answer { path: path.to_owned(), source })
 }
 
 fn head(method: Method, target: &str, length: usize) -> Result<String, ClientError> {

@@ -56,7 +56,7 @@ pub struct Spec {
     #[serde(rename = "boot-source", default)]
     pub boot_source: BootSource,
     /// vCPUs and memory.
-    #[serde(rename = "machine-config", default)]
+    #[serde(rename = "machine-config", default, deserialize_with = "or_default")]
     pub machine_config: MachineConfig,
     /// What the processors show; comes before a template of `machine-config` that has a name.
     #[serde(rename = "cpu-config", default, skip_serializing_if = "Option::is_none")]
@@ -179,27 +179,45 @@ impl Default for MachineConfig {
     }
 }
 
-/// How much the log says.
+/// How much the log says. It is read in capitals or not, as Firecracker does, and `Warn` is
+/// another name of `Warning`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String")]
 pub enum LogLevel {
     /// Nothing.
     Off,
     /// What failed.
-    #[serde(alias = "ERROR", alias = "error")]
     Error,
     /// And what looks wrong.
-    #[serde(alias = "WARNING", alias = "Warn", alias = "warn")]
     Warning,
     /// And what happened.
     #[default]
-    #[serde(alias = "INFO", alias = "info")]
     Info,
     /// And how.
-    #[serde(alias = "DEBUG", alias = "debug")]
     Debug,
     /// And everything else.
-    #[serde(alias = "TRACE", alias = "trace")]
     Trace,
+}
+
+/// The text is the name of no [`LogLevel`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown variant `{0}`, expected one of `Off`, `Error`, `Warning`, `Warn`, `Info`, `Debug`, `Trace`")]
+pub struct NotLevel(String);
+
+impl TryFrom<String> for LogLevel {
+    type Error = NotLevel;
+
+    fn try_from(text: String) -> Result<LogLevel, NotLevel> {
+        match text.to_ascii_lowercase().as_str() {
+            "off" => Ok(LogLevel::Off),
+            "error" => Ok(LogLevel::Error),
+            "warning" | "warn" => Ok(LogLevel::Warning),
+            "info" => Ok(LogLevel::Info),
+            "debug" => Ok(LogLevel::Debug),
+            "trace" => Ok(LogLevel::Trace),
+            _ => Err(NotLevel(text)),
+        }
+    }
 }
 
 /// Where the log goes and what it holds.
@@ -210,13 +228,13 @@ pub struct Logger {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_path: Option<PathBuf>,
     /// Least severe level that is written.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub level: LogLevel,
     /// Put the level in each line.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub show_level: bool,
     /// Put the source file and line in each line.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub show_log_origin: bool,
     /// Only lines of this module path.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -241,6 +259,15 @@ pub struct Metrics {
 /// so that strict readers of Firecracker's format see only what they know.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+/// Reads `null` as the default, for fields that are optional in Firecracker's own types.
+fn or_default<'de, T, D>(from: D) -> Result<T, D::Error>
+where
+    T: Default + Deserialize<'de>,
+    D: serde::Deserializer<'de>,
+{
+    Option::deserialize(from).map(Option::unwrap_or_default)
 }
 
 impl Spec {

@@ -412,6 +412,7 @@ fn card(number: usize, tap: &TapArg, record: &Record) -> NetworkInterface {
         iface_id: format!("eth{number}"),
         host_dev_name: Some(tap.name.clone()),
         host_dev_fd: None,
+        by_descriptor: false,
         guest_mac: Some(mac(number, tap, record)),
         mtu: tap.mtu,
         rx_rate_limiter: None,

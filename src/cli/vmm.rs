@@ -47,6 +47,8 @@ Options:
       --seccomp-filter FILE, --no-seccomp
                            Taken and without effect: no filter is installed yet
       --snapshot-version   Print the version of the snapshot format
+      --describe-snapshot FILE
+                           Print the version of the snapshot format of a file
       --show-counters      At the end, print milestones, exits and device counters
       --version            Print the version
   -h, --help               Print this help";
@@ -58,6 +60,9 @@ pub const EXIT_CONFIGURATION: u8 = 152;
 
 /// Where the API is served when nothing else is said (Firecracker's).
 const API_SOCKET: &str = "/run/firecracker.socket";
+
+/// Version of the snapshot format: none that a file could have, until there are snapshots.
+const SNAPSHOT_VERSION: &str = "0.0.0";
 
 #[derive(Debug, Default)]
 struct Arguments {
@@ -76,6 +81,7 @@ struct Arguments {
     startup: Startup,
     show_counters: bool,
     show: Option<String>,
+    described: Option<PathBuf>,
 }
 
 /// Runs the monitor with the arguments after `vmm`.
@@ -96,6 +102,10 @@ pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
     if let Some(text) = &arguments.show {
         println!("{text}");
         return ExitCode::SUCCESS;
+    }
+    if let Some(path) = &arguments.described {
+        eprintln!("nacelle vmm: {}", describe_snapshot(path));
+        return ExitCode::FAILURE;
     }
     match run(&arguments, &milestones) {
         Ok(ending) => leave(ending.exit_code()),
@@ -265,9 +275,8 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
             "--metrics-path" => parsed.metrics = Some(value()?.into()),
             "--seccomp-filter" => drop(value()?),
             "--no-seccomp" => {}
-            "--snapshot-version" | "--describe-snapshot" => {
-                return Err(format!("{flag}: this version has no snapshots yet"));
-            }
+            "--snapshot-version" => parsed.show = Some(format!("v{SNAPSHOT_VERSION}")),
+            "--describe-snapshot" => parsed.described = Some(value()?.into()),
             "--config-file" => parsed.config_file = Some(value()?.into()),
             "--id" => parsed.id = Some(id(&value()?)?),
             "--log-path" => parsed.log.log_path = Some(value()?.into()),
@@ -301,12 +310,23 @@ fn version() -> String {
     format!("Firecracker v{}\nnacelle {}", api::FIRECRACKER_VERSION, env!("CARGO_PKG_VERSION"))
 }
 
+/// Why there is no version to tell of a file: nothing that could be read is a snapshot yet.
+fn describe_snapshot(path: &std::path::Path) -> String {
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => format!("{} is a directory, not a snapshot", path.display()),
+        Ok(_) => {
+            format!("{} is not a nacelle snapshot: this version makes none yet", path.display())
+        }
+        Err(error) => format!("{} cannot be read: {error}", path.display()),
+    }
+}
+
 fn number<T: std::str::FromStr>(flag: &str, word: &str) -> Result<T, String> {
     word.parse().map_err(|_| format!("{flag} is {word:?}; it must be a number"))
 }
 
 fn level(word: &str) -> Result<LogLevel, String> {
-    serde_json::from_value(serde_json::Value::String(word.to_owned()))
+    LogLevel::try_from(word.to_owned())
         .map_err(|_| format!("--level is {word:?}; it must be Off, Error, Warning, Info, Debug or Trace"))
 }
 
@@ -335,10 +355,19 @@ mod tests {
     }
 
     #[test]
+    fn the_snapshot_format_has_a_version_and_no_file_is_one() {
+        assert_eq!(read("--snapshot-version").unwrap().show.as_deref(), Some("v0.0.0"));
+        let file = read("--describe-snapshot Cargo.toml").unwrap().described.unwrap();
+        assert!(describe_snapshot(&file).contains("not a nacelle snapshot"));
+        assert!(describe_snapshot(std::path::Path::new("/nowhere")).contains("cannot be read"));
+    }
+
+    #[test]
     fn slips_are_answered_with_the_nearest_flag() {
         assert!(read("--config-fil x").unwrap_err().contains("did you mean --config-file?"));
         assert!(read("--id a/b").unwrap_err().contains("letters"));
         assert!(read("--id").unwrap_err().contains("needs a value"));
+        assert_eq!(read("--level WARN").unwrap().log.level, LogLevel::Warning);
         assert!(read("--level loud").unwrap_err().contains("Trace"));
     }
 }

@@ -41,7 +41,10 @@ pub fn change(spec: &Spec, request: Request) -> Result<(Spec, Reply), Fault> {
             spec.machine_config.cpu_template = None;
         }
         Request::PutDrive(drive) => {
-            must_be_file("path_on_host", &drive.path_on_host)?;
+            // One without a path is refused below, or came as a descriptor.
+            if !drive.path_on_host.as_os_str().is_empty() {
+                must_be_file("path_on_host", &drive.path_on_host)?;
+            }
             spec.put_drive(drive);
         }
         Request::PutPmem(pmem) => {

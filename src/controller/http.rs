@@ -16,6 +16,7 @@ use super::Controller;
 use crate::{
     phase::Phase,
     server::{Answer, Server, Ticket},
+    vm::handed::unasked,
 };
 
 /// How long a guest has to shut itself down when nothing else is said.
@@ -40,7 +41,7 @@ impl Controller {
         // The server is taken out while it calls back, because what it calls needs the rest.
         let Some(mut server) = self.server.take() else { return Ok(()) };
         self.serving = true;
-        let served = server.serve(&mut |request, ticket| self.answer(&request, ticket));
+        let served = server.serve(&mut |request, ticket| self.answer(request, ticket));
         self.serving = false;
         self.attend(&mut server);
         self.server = Some(server);
@@ -55,10 +56,13 @@ impl Controller {
         self.waiting.retain(|ticket| server.is_open(*ticket));
     }
 
-    fn answer(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
+    fn answer(&mut self, mut request: http::Request, ticket: Ticket) -> Answer {
         let asked = Instant::now();
         let route = self.metrics.api.asked(request.method.name(), &request.path);
-        let answer = self.carry_out(request, ticket);
+        self.arrived = std::mem::take(&mut request.descriptors);
+        let answer = self.carry_out(&request, ticket);
+        // Those of a request that was refused before anybody looked at them.
+        self.arrived.clear();
         if let Answer::Now(response) | Answer::Stream(response) = &answer {
             let deprecated = response.header("Deprecation").is_some();
             self.metrics.api.answered(route, response.status, asked.elapsed(), deprecated);
@@ -68,6 +72,9 @@ impl Controller {
 
     fn carry_out(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
         match (request.method, request.path.as_str()) {
+            (_, "/healthz" | "/events" | "/vm/wait" | "/vm/shutdown") if !self.arrived.is_empty() => {
+                Answer::Now(rendered(&Err(unasked(self.arrived.len()))))
+            }
             (http::Method::Get, "/healthz") => Answer::Now(Response::value(&self.info())),
             (http::Method::Get, "/events") => self.follow(request, ticket),
             (http::Method::Post, "/vm/wait") => {

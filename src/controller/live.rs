@@ -133,7 +133,7 @@ impl Live {
         let drive = drive.ok_or_else(|| unknown("drive", &patch.drive_id))?;
         if let Some(path) = patch.path_on_host {
             self.update("virtio-block", &patch.drive_id, &Change::Backing(Some(path.clone())))?;
-            drive.path_on_host = path;
+            (drive.path_on_host, drive.by_descriptor) = (path, false);
         } else if patch.rate_limiter.is_none() {
             self.update("virtio-block", &patch.drive_id, &Change::Backing(None))?;
         }

@@ -28,7 +28,7 @@ mod sockets;
 
 use std::{
     io,
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, OwnedFd},
     sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
@@ -46,7 +46,10 @@ use crate::{
     phase::{Phase, Verb},
     server::Server,
     signals::Signals,
-    vm::{Ending, Vm, build},
+    vm::{
+        Ending, Vm, build,
+        handed::{Gift, Handed},
+    },
 };
 use events::Events;
 use live::Live;
@@ -138,6 +141,10 @@ pub struct Controller {
     phase: Phase,
     spec: Spec,
     live: Option<Live>,
+    /// Descriptors that came for devices of the machine that is to start.
+    handed: Handed,
+    /// Descriptors of the request that is being carried out.
+    arrived: Vec<OwnedFd>,
     mmds: Option<Arc<Mmds>>,
     server: Option<Server>,
     events: Events,
@@ -173,6 +180,8 @@ impl Controller {
             phase: Phase::NotStarted,
             spec,
             live: None,
+            handed: Handed::default(),
+            arrived: Vec::new(),
             mmds: None,
             server,
             events: Events::default(),
@@ -287,7 +296,9 @@ impl Controller {
 
     /// Carries out one request, or refuses it and changes nothing.
     fn obey(&mut self, request: Request) -> Result<Reply, Fault> {
+        let arrived = std::mem::take(&mut self.arrived);
         let next = self.phase.after(verb(&request))?;
+        let gift = Gift::of(&request, arrived)?;
         let before = self.phase;
         let asked = Instant::now();
         let reply = match request {
@@ -306,11 +317,13 @@ impl Controller {
             Request::Stop => Ok(Reply::Done),
             other => match &mut self.live {
                 Some(live) => live.change(&mut self.spec, other, before),
-                None => draft::change(&self.spec, other).map(|(spec, reply)| {
+                None => {
+                    let (spec, reply) = draft::change(&self.spec, other)?;
+                    self.handed.keep(gift)?;
                     self.spec = spec;
                     self.keep_transport();
-                    reply
-                }),
+                    Ok(reply)
+                }
             },
         }?;
         self.phase = next;
@@ -350,11 +363,13 @@ impl Controller {
             keyboard: self.settings.keyboard,
             boot_timer: self.settings.boot_timer,
             mmds,
+            handed: &self.handed,
         };
         let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
         self.milestones.reached(Milestone::Built);
         vm.run().map_err(|e| Fault::from_error(e.kind(), &e))?;
         self.live = Some(Live { vm, sockets: Sockets::of(&self.spec) });
+        self.handed.clear();
         self.settled = Instant::now().checked_add(SETTLED);
         Ok(())
     }

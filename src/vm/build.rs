@@ -3,11 +3,7 @@
 //! Boot, restore, clone and migration all come through here and differ in what is loaded
 //! afterwards. The order is the one the parent module argues for.
 
-use std::{
-    os::fd::{FromRawFd, OwnedFd},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{os::fd::BorrowedFd, path::PathBuf, sync::Arc};
 
 use api::{FaultKind, Spec, spec};
 use arch::{
@@ -39,6 +35,7 @@ use super::{
     boot_timer::{self, BootTimer},
     console::{ConsoleError, Consoles},
     cpu,
+    handed::Handed,
     host::KvmHost,
     kvm::{self, KvmError},
     memory::{self, MemoryError},
@@ -63,6 +60,8 @@ pub struct Plan<'a> {
     pub boot_timer: bool,
     /// The metadata service, for the interfaces that its configuration names.
     pub mmds: Option<Arc<Mmds>>,
+    /// Descriptors that came for devices.
+    pub handed: &'a Handed,
 }
 
 /// Why a machine could not be built.
@@ -289,13 +288,12 @@ fn attach_devices(plan: &Plan<'_>, places: &mut Places) -> Result<(), BuildError
     // The root device is the first disk, because the command line calls it /dev/vda.
     let (roots, others): (Vec<_>, Vec<_>) = spec.drives.iter().partition(|d| d.is_root_device);
     for drive in roots.into_iter().chain(others) {
-        let disk =
-            block::Block::new(block_config(drive)).map_err(named(format!("Drive {:?}", drive.drive_id)))?;
-        places.attach(&drive.drive_id, Box::new(disk))?;
+        places.attach(&drive.drive_id, Box::new(disk(drive, plan.handed)?))?;
     }
     for interface in &spec.network_interfaces {
         let what = format!("Network interface {:?}", interface.iface_id);
-        let config = net_config(interface).map_err(named(what.clone()))?;
+        let config = net_config(interface, plan.handed)
+            .map_err(|source| BuildError::Device { what: what.clone(), source })?;
         let mut card = net::Net::new(config).map_err(named(what.clone()))?;
         let named_there = |mmds: &&Arc<Mmds>| mmds.config().interfaces.contains(&interface.iface_id);
         if let Some(mmds) = plan.mmds.as_ref().filter(named_there) {
@@ -374,6 +372,17 @@ const _: () = assert!(acpi::POWER_OFF_VALUE >> 2 & 7 == power::S5_TYPE);
 const _: () = assert!(acpi::event::POWER_BUTTON as u32 == power::EVENT_POWER_BUTTON);
 const _: () = assert!(acpi::event::GENERATION as u32 == power::EVENT_GENERATION);
 
+/// A disk, from its file's path or from the file that came for it.
+fn disk(drive: &spec::Drive, handed: &Handed) -> Result<block::Block, BuildError> {
+    let what = format!("Drive {:?}", drive.drive_id);
+    let config = block_config(drive);
+    if !drive.by_descriptor {
+        return block::Block::new(config).map_err(named(what));
+    }
+    let (file, path) = handed.disk(drive).map_err(named(what.clone()))?;
+    block::Block::with_file(block::BlockConfig { path, ..config }, file).map_err(named(what))
+}
+
 fn block_config(drive: &spec::Drive) -> block::BlockConfig {
     block::BlockConfig {
         path: drive.path_on_host.clone(),
@@ -410,11 +419,19 @@ pub fn limiter(limits: Option<&spec::RateLimiter>) -> LimiterConfig {
     LimiterConfig { bandwidth: limits.bandwidth.map(bucket), ops: limits.ops.map(bucket) }
 }
 
-fn net_config(interface: &spec::NetworkInterface) -> Result<net::NetConfig, net::NotMac> {
+fn net_config(
+    interface: &spec::NetworkInterface,
+    handed: &Handed,
+) -> Result<net::NetConfig, Box<dyn std::error::Error + Send + Sync>> {
     let tap = match (&interface.host_dev_name, interface.host_dev_fd) {
-        // SAFETY: the specification names a descriptor that was inherited for this purpose; it
-        // is above the standard ones and nothing else in this process uses it.
-        (_, Some(fd)) => net::TapSource::Descriptors(vec![unsafe { OwnedFd::from_raw_fd(fd) }]),
+        _ if interface.by_descriptor => net::TapSource::Descriptors(handed.tap(interface)?),
+        (_, Some(fd)) => {
+            // SAFETY: the specification names a descriptor that was inherited for this purpose; it
+            // is above the standard ones and nothing in this process closes it. The device gets a
+            // copy, so that a start that was refused can be tried again.
+            let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
+            net::TapSource::Descriptors(vec![inherited.try_clone_to_owned()?])
+        }
         (name, None) => net::TapSource::Name { name: name.clone().unwrap_or_default(), create: false },
     };
     Ok(net::NetConfig {

@@ -21,6 +21,7 @@ pub mod build;
 pub mod console;
 pub mod coredump;
 pub mod cpu;
+pub mod handed;
 pub mod host;
 pub mod kvm;
 pub mod memory;

@@ -26,6 +26,7 @@ mod api_life;
 mod block;
 mod boot;
 mod clients;
+mod descriptors;
 mod guest;
 mod hostile;
 mod kernel;

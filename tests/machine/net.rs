@@ -23,8 +23,10 @@ const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
 pub struct Tap {
     /// Its name.
     pub name: &'static str,
-    host: Ipv4Addr,
-    guest: Ipv4Addr,
+    /// The host's address on it.
+    pub host: Ipv4Addr,
+    /// The address for the guest.
+    pub guest: Ipv4Addr,
 }
 
 impl Tap {
@@ -115,6 +117,7 @@ fn packets_pass_both_ways(kernel: Kernel, transport: Transport, net: u8, mtu: u1
         iface_id: "eth0".to_owned(),
         host_dev_name: Some(tap.name.to_owned()),
         host_dev_fd: None,
+        by_descriptor: false,
         guest_mac: Some(mac.clone()),
         mtu: Some(mtu),
         rx_rate_limiter: None,
@@ -185,6 +188,7 @@ fn a_guest_reads_its_metadata_with_a_token() {
         iface_id: "eth0".to_owned(),
         host_dev_name: Some(tap.name.to_owned()),
         host_dev_fd: None,
+        by_descriptor: false,
         guest_mac: Some("06:00:00:00:00:09".to_owned()),
         mtu: None,
         rx_rate_limiter: None,

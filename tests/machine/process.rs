@@ -79,6 +79,11 @@ impl Process {
         Process { child, status: None }
     }
 
+    /// Its number, that of no other process before it is waited for.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The child, for taking its streams.
     pub fn child(&mut self) -> &mut Child {
         &mut self.child

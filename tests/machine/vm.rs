@@ -223,6 +223,11 @@ impl Vm {
         self.folder.path().join("api")
     }
 
+    /// Descriptors that the monitor has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.process.id())).unwrap().count()
+    }
+
     /// Sends the monitor a signal.
     pub fn signal(&self, number: i32) {
         self.process.signal(number);

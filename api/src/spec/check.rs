@@ -108,6 +108,21 @@ impl Spec {
                 let rule = "it must be a power of two from 4 to 1024";
                 return Err(wrong(format!("Drive {id:?} has queue_size {size}; {rule}")));
             }
+            match (drive.path_on_host.as_os_str().is_empty(), drive.by_descriptor) {
+                _ if drive.socket.is_some() => {
+                    let rule = "vhost-user-block is not supported; give path_on_host";
+                    return Err(wrong(format!("Drive {id:?} has a socket; {rule}")));
+                }
+                (true, true) | (false, false) => {}
+                (false, true) => {
+                    let rule = "a disk is either at path_on_host or by_descriptor";
+                    return Err(wrong(format!("Drive {id:?}: {rule}")));
+                }
+                (true, false) => {
+                    let rule = "either path_on_host or by_descriptor must be given";
+                    return Err(wrong(format!("Drive {id:?}: {rule}")));
+                }
+            }
             if drive.discard && drive.is_read_only {
                 return Err(wrong(format!("Drive {id:?} is read-only; discard needs a writable one")));
             }
@@ -169,6 +184,11 @@ impl Spec {
         for interface in &self.network_interfaces {
             let id = &interface.iface_id;
             match (&interface.host_dev_name, interface.host_dev_fd) {
+                (None, None) if interface.by_descriptor => {}
+                _ if interface.by_descriptor => {
+                    let rule = "a tap that comes by_descriptor has no other name";
+                    return Err(wrong(format!("Interface {id:?}: {rule}")));
+                }
                 (Some(name), None) if name.is_empty() || name.len() > 15 || name.contains(['/', ' ']) => {
                     let rule = "an interface name is 1 to 15 characters without '/' or spaces";
                     return Err(wrong(format!("Interface {id:?} has host_dev_name {name:?}; {rule}")));
@@ -185,7 +205,7 @@ impl Spec {
                     return Err(wrong(format!("Interface {id:?} has host_dev_fd {fd}; it must be above 2")));
                 }
                 _ => {
-                    let rule = "either host_dev_name or host_dev_fd must be given";
+                    let rule = "one of host_dev_name, by_descriptor and host_dev_fd must be given";
                     return Err(wrong(format!("Interface {id:?}: {rule}")));
                 }
             }

@@ -4,7 +4,7 @@ use std::{net::Ipv4Addr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::is_default;
+use super::{is_default, or_default};
 
 /// When a write counts as done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -57,13 +57,20 @@ pub struct RateLimiter {
 pub struct Drive {
     /// Name, of letters, digits and underscores; its first 20 bytes are the serial number.
     pub drive_id: String,
-    /// The raw disk file or block device.
+    /// The raw disk file or block device. One of this and `by_descriptor` must be given.
+    #[serde(default, deserialize_with = "or_default", skip_serializing_if = "is_default")]
     pub path_on_host: PathBuf,
+    /// The disk is the open file whose descriptor comes with the request. *Ours.*
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub by_descriptor: bool,
+    /// Socket of a vhost-user-block process. Refused: there is no such device here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// The guest's root file system is on it.
     #[serde(default)]
     pub is_root_device: bool,
     /// Refuse writes, in the monitor.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub is_read_only: bool,
     /// Unique id of the root partition, if the root is a partition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -72,7 +79,7 @@ pub struct Drive {
     #[serde(default)]
     pub cache_type: CacheType,
     /// How the file is read and written.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub io_engine: IoEngine,
     /// Limits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -97,12 +104,15 @@ pub struct Drive {
 pub struct NetworkInterface {
     /// Name, of letters, digits and underscores.
     pub iface_id: String,
-    /// Tap device by name. One of this and `host_dev_fd` must be given.
+    /// Tap device by name. One of this, `by_descriptor` and `host_dev_fd` must be given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_dev_name: Option<String>,
     /// Tap device by inherited file descriptor. *Ours.*
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_dev_fd: Option<i32>,
+    /// The tap's open descriptors, one for each pair of queues, come with the request. *Ours.*
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub by_descriptor: bool,
     /// MAC address the guest sees; a random one when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_mac: Option<String>,

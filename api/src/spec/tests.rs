@@ -46,7 +46,13 @@ fn every_broken_rule_is_named() {
             "Two devices have the drive_id \"a\"",
         ),
         (r#""drives": [{"drive_id": "a", "path_on_host": "x", "queue_size": 100}]"#, "power of two"),
-        (r#""network-interfaces": [{"iface_id": "a"}]"#, "host_dev_name or host_dev_fd"),
+        (r#""drives": [{"drive_id": "a"}]"#, "either path_on_host or by_descriptor"),
+        (r#""drives": [{"drive_id": "a", "path_on_host": "x", "by_descriptor": true}]"#, "is either at"),
+        (r#""drives": [{"drive_id": "a", "socket": "x"}]"#, "vhost-user-block is not supported"),
+        (
+            r#""network-interfaces": [{"iface_id": "a"}]"#,
+            "one of host_dev_name, by_descriptor and host_dev_fd",
+        ),
         (r#""network-interfaces": [{"iface_id": "a", "host_dev_fd": 1}]"#, "above 2"),
         (r#""vsock": {"guest_cid": 2, "uds_path": "v"}"#, "reserved"),
         (r#""vsock": {"guest_cid": 3, "uds_path": ""}"#, "0 bytes"),
@@ -69,4 +75,19 @@ fn two_roots_and_long_socket_paths_are_refused() {
     let path = "p".repeat(108);
     let fault = read(&with(&format!(r#", "vsock": {{"guest_cid": 3, "uds_path": "{path}"}}"#))).unwrap_err();
     assert!(fault.message.contains("108 bytes"));
+}
+
+#[test]
+fn null_and_other_spellings_are_read_as_firecracker_reads_them() {
+    let text = with(
+        r#", "machine-config": null, "logger": {"level": "wArN", "show_level": null, "log_path": null},
+           "drives": [{"drive_id": "a", "path_on_host": "x", "is_read_only": null, "io_engine": null,
+            "socket": null, "partuuid": null, "rate_limiter": null}]"#,
+    );
+    let spec = read(&text).unwrap();
+    assert_eq!(spec.machine_config, MachineConfig::default());
+    assert_eq!(spec.logger.unwrap().level, LogLevel::Warning);
+    assert_eq!(spec.drives[0].io_engine, IoEngine::Sync);
+    let fault = read(&with(r#", "logger": {"level": "warm"}"#)).unwrap_err();
+    assert!(fault.to_string().contains("did you mean `Warn`?"), "{fault}");
 }

@@ -75,6 +75,8 @@ pub struct Disk {
     options: DiskOptions,
     /// Device and inode, to tell whether a path still names this file.
     identity: (u64, u64),
+    /// It came as an open file, and its path is only a name.
+    given: bool,
     block_device: bool,
     memory_backed: bool,
     sectors: u64,
@@ -142,6 +144,7 @@ impl Disk {
             path: PathBuf::from("pretended"),
             options,
             identity: (0, 0),
+            given: false,
             block_device: false,
             memory_backed: false,
             sectors,

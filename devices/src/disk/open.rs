@@ -136,26 +136,37 @@ impl Disk {
     /// Takes a disk that somebody else opened; `name` is what messages call it. The
     /// descriptor must be open for what `options` asks; `O_DIRECT` is set or cleared on it.
     pub fn from_file(file: File, name: &Path, options: DiskOptions) -> Result<Disk, DiskError> {
+        Disk::check(&file, name, options)?;
         let kind = kind(&file, name)?;
-        let wanted = access(options);
+        set_flags(&file, options.direct)
+            .map_err(|source| DiskError::Direct { path: name.to_owned(), source })?;
+        let disk = Disk::finish(file, name.to_owned(), options, &kind)?;
+        Ok(Disk { given: true, ..disk })
+    }
+
+    /// Says whether [`Disk::from_file`] could take this file, as far as looking at it tells.
+    pub fn check(file: &File, name: &Path, options: DiskOptions) -> Result<(), DiskError> {
+        kind(file, name)?;
         // SAFETY: F_GETFL takes no pointer.
         let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
         let mode = flags & libc::O_ACCMODE;
         let enough = mode == libc::O_RDWR || options.read_only && mode == libc::O_RDONLY;
-        if flags < 0 || !enough {
-            return Err(DiskError::Descriptor { path: name.to_owned(), access: wanted });
+        // A descriptor that stands for a place alone (O_PATH) says that it is open for reading.
+        if flags < 0 || flags & libc::O_PATH != 0 || !enough {
+            return Err(DiskError::Descriptor { path: name.to_owned(), access: access(options) });
         }
-        set_flags(&file, options.direct)
-            .map_err(|source| DiskError::Direct { path: name.to_owned(), source })?;
-        Disk::finish(file, name.to_owned(), options, &kind)
+        Ok(())
     }
 
     /// Opens the disk that is at `path` now, for a machine that runs on this one. The same
     /// file is measured again and keeps its lock and its history of failed flushes; another
     /// file is opened like any disk.
     pub fn reopen(&self, path: Option<&Path>) -> Result<Disk, DiskError> {
+        let own = self.given && path.is_none();
         let path = path.unwrap_or(&self.path);
+        // The name of a file that was given is no path.
         let same = match path.metadata() {
+            _ if own => true,
             Ok(found) => (found.dev(), found.ino()) == self.identity,
             Err(_) => path == self.path,
         };
@@ -166,6 +177,7 @@ impl Disk {
             self.file.try_clone().map_err(|source| host(path, "Duplicating its descriptor", source))?;
         let kind = kind(&file, path)?;
         let disk = Disk::finish(file, path.to_owned(), self.options, &kind)?;
+        let disk = Disk { given: own, ..disk };
         if self.flush_failed() {
             disk.set_flush_failed();
         }
@@ -195,6 +207,7 @@ impl Disk {
         Ok(Disk {
             path,
             options,
+            given: false,
             identity: kind.identity,
             block_device,
             memory_backed: !block_device && is_memory_backed(&file),

@@ -69,6 +69,9 @@ pub enum TapError {
         /// Pairs wanted.
         pairs: u16,
     },
+    /// Descriptors of one device lead to several taps.
+    #[error("The descriptors are those of two taps, {0} and {1}; a device has one")]
+    Several(String, String),
     /// Something else failed.
     #[error("Tap {name} failed on {call}")]
     Call {
@@ -94,12 +97,24 @@ impl Tap {
         match source {
             TapSource::Name { name, create } => Tap::by_name(&name, create, pairs),
             TapSource::Descriptors(queues) => {
-                if queues.len() != usize::from(pairs) {
-                    return Err(TapError::Count { got: queues.len(), pairs });
-                }
-                queues.iter().try_for_each(adopt)?;
+                Tap::check(&queues, pairs)?;
+                queues.iter().try_for_each(make_nonblocking)?;
                 Tap::finish("by descriptor", queues)
             }
+        }
+    }
+
+    /// Says whether descriptors are those of one tap that can serve `pairs` queue pairs, and
+    /// changes nothing.
+    pub fn check(queues: &[OwnedFd], pairs: u16) -> Result<(), TapError> {
+        if queues.len() != usize::from(pairs) {
+            return Err(TapError::Count { got: queues.len(), pairs });
+        }
+        let mut names = queues.iter().map(name_of).collect::<Result<Vec<_>, _>>()?.into_iter();
+        let first = names.next().unwrap_or_default();
+        match names.find(|name| *name != first) {
+            Some(other) => Err(TapError::Several(first, other)),
+            None => Ok(()),
         }
     }
 
@@ -246,8 +261,8 @@ fn attach(name: &str, flags: libc::c_int) -> Result<OwnedFd, TapError> {
     })
 }
 
-/// Checks a descriptor from outside and makes it non-blocking.
-fn adopt(fd: &OwnedFd) -> Result<(), TapError> {
+/// Checks a descriptor from outside and tells the name of its tap.
+fn name_of(fd: &OwnedFd) -> Result<String, TapError> {
     let number = fd.as_raw_fd();
     let refused = |source| TapError::Descriptor { fd: number, source };
     let mut request = request("");
@@ -261,12 +276,19 @@ fn adopt(fd: &OwnedFd) -> Result<(), TapError> {
     if flags & needed != needed {
         return Err(refused(None));
     }
+    let name = request.ifr_name.iter().map(|byte| *byte as u8).take_while(|byte| *byte != 0).collect();
+    Ok(String::from_utf8(name).unwrap_or_default())
+}
+
+fn make_nonblocking(fd: &OwnedFd) -> Result<(), TapError> {
+    let number = fd.as_raw_fd();
     // SAFETY: reads and sets the status flags of an open descriptor.
     let done = unsafe {
         let flags = libc::fcntl(number, libc::F_GETFL);
         if flags < 0 { flags } else { libc::fcntl(number, libc::F_SETFL, flags | libc::O_NONBLOCK) }
     };
-    if done < 0 { Err(refused(Some(io::Error::last_os_error()))) } else { Ok(()) }
+    let failed = || TapError::Descriptor { fd: number, source: Some(io::Error::last_os_error()) };
+    if done < 0 { Err(failed()) } else { Ok(()) }
 }
 
 #[cfg(test)]
