@@ -162,6 +162,9 @@ pub struct MachineConfig {
     /// How virtio devices are attached. *Ours.*
     #[serde(default, skip_serializing_if = "is_default")]
     pub transport: Transport,
+    /// Give the guest a port through which its kernel says that it crashed. *Ours.*
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub pvpanic: bool,
 }
 
 impl Default for MachineConfig {
@@ -175,6 +178,7 @@ impl Default for MachineConfig {
             huge_pages: HugePages::None,
             prefault: false,
             transport: Transport::Mmio,
+            pvpanic: false,
         }
     }
 }

@@ -35,6 +35,7 @@ pub mod limits;
 pub mod mmds;
 pub mod pci;
 pub mod state;
+pub mod trouble;
 pub mod virtio;
 pub mod worker;
 

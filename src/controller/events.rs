@@ -12,7 +12,12 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::server::{Server, Ticket};
+use devices::trouble::Trouble;
+
+use crate::{
+    server::{Server, Ticket},
+    vm::faults::Incident,
+};
 
 /// Events kept for readers that come later.
 const KEPT: usize = 256;
@@ -74,6 +79,25 @@ impl Events {
             server.finish(reader);
         }
     }
+}
+
+/// The event of an incident: its name, and what is known.
+pub fn incident(incident: &Incident, untold: u64) -> (&'static str, Value) {
+    let (event, mut details) = match incident {
+        Incident::Panic(panic) => ("GuestPanicked", json!({ "action": panic.name() })),
+        Incident::Device { name, kind, trouble } => {
+            let mut details = json!({ "device": name, "kind": kind, "fault": trouble.name() });
+            if let Trouble::Io { operation, .. } = trouble {
+                details["operation"] = json!(operation);
+                details["error"] = json!(trouble.error());
+            }
+            ("DeviceFault", details)
+        }
+    };
+    if untold > 0 {
+        details["untold"] = json!(untold);
+    }
+    (event, details)
 }
 
 #[cfg(test)]

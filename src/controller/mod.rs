@@ -48,6 +48,7 @@ use crate::{
     signals::Signals,
     vm::{
         Ending, Vm, build,
+        faults::{Faults, Incident},
         handed::{Gift, Handed},
     },
 };
@@ -66,6 +67,7 @@ const FAREWELL: Duration = Duration::from_millis(500);
 enum Event {
     Call(Box<Request>, mpsc::SyncSender<Result<Reply, Fault>>),
     Ended(Ending),
+    Incident(Incident, u64),
 }
 
 /// Where events for a controller are put. Cheap to clone, usable from any thread.
@@ -79,6 +81,11 @@ impl Handle {
     /// Reports that the guest ended or cannot go on.
     pub fn ended(&self, ending: Ending) {
         let _ = self.put(Event::Ended(ending));
+    }
+
+    /// Reports an incident, and how many like it were not reported.
+    fn happened(&self, incident: Incident, untold: u64) {
+        let _ = self.put(Event::Incident(incident, untold));
     }
 
     fn put(&self, event: Event) -> Result<(), Fault> {
@@ -218,6 +225,10 @@ impl Controller {
             while let Ok(event) = self.mailbox.events.try_recv() {
                 match event {
                     Event::Ended(ending) => return Ok(self.end(ending)),
+                    Event::Incident(incident, untold) => {
+                        let (kind, details) = events::incident(&incident, untold);
+                        self.announce(kind, details);
+                    }
                     Event::Call(request, reply) => {
                         let _ = reply.send(self.obey(*request));
                     }
@@ -356,10 +367,12 @@ impl Controller {
         self.spec.check()?;
         let mmds = self.configured_service()?;
         let report = self.mailbox.handle.clone();
+        let witness = self.mailbox.handle.clone();
         let plan = build::Plan {
             spec: &self.spec,
             milestones: Arc::clone(&self.milestones),
             ended: Arc::new(move |ending| report.ended(ending)),
+            faults: Faults::new(Box::new(move |incident, untold| witness.happened(incident, untold))),
             keyboard: self.settings.keyboard,
             boot_timer: self.settings.boot_timer,
             mmds,

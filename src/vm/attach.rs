@@ -22,6 +22,8 @@ use devices::{
     worker::Worker,
 };
 
+use super::faults::Faults;
+
 /// Why a device could not be attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -74,11 +76,19 @@ pub struct Places {
     pages: Vec<acpi::VirtioMmio>,
     pci: Option<Arc<Root>>,
     devices: Vec<(String, Arc<dyn Transport>)>,
+    faults: Arc<Faults>,
 }
 
 impl Places {
-    /// All places free. With `pci`, devices go there instead of to memory-mapped pages.
-    pub fn new(memory: Memory, host: Arc<dyn Host>, mmio: Arc<Bus>, pci: Option<Arc<Root>>) -> Places {
+    /// All places free. With `pci`, devices go there instead of to memory-mapped pages. Trouble of
+    /// devices goes to `faults`.
+    pub fn new(
+        memory: Memory,
+        host: Arc<dyn Host>,
+        mmio: Arc<Bus>,
+        pci: Option<Arc<Root>>,
+        faults: Arc<Faults>,
+    ) -> Places {
         Places {
             memory,
             host,
@@ -88,6 +98,7 @@ impl Places {
             pages: Vec::new(),
             pci,
             devices: Vec::new(),
+            faults,
         }
     }
 
@@ -102,6 +113,7 @@ impl Places {
             Some(root) => self.attach_pci(name, device, &root)?,
             None => self.attach_mmio(name, device)?,
         };
+        transport.watch(self.faults.witness(name, transport.about().kind));
         self.devices.push((name.to_owned(), transport));
         Ok(())
     }

@@ -19,6 +19,7 @@ use devices::{
     legacy::{
         i8042::{self, I8042},
         power::{self, Power, PowerEvent},
+        pvpanic::{self, PvPanic},
     },
     limiter::{BucketConfig, LimiterConfig},
     mmds::Mmds,
@@ -35,6 +36,7 @@ use super::{
     boot_timer::{self, BootTimer},
     console::{ConsoleError, Consoles},
     cpu,
+    faults::Faults,
     handed::Handed,
     host::KvmHost,
     kvm::{self, KvmError},
@@ -53,6 +55,8 @@ pub struct Plan<'a> {
     pub milestones: Arc<Milestones>,
     /// Called, from any thread, when the guest ends.
     pub ended: Arc<dyn Fn(Ending) + Send + Sync>,
+    /// Told of trouble of devices and crashes of the guest.
+    pub faults: Arc<Faults>,
     /// Show a keyboard controller, so that Ctrl+Alt+Del can be pressed. A guest spends some
     /// thirty exits on finding it, so it is there only where somebody can press.
     pub keyboard: bool,
@@ -157,7 +161,8 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
         let timer = Arc::new(BootTimer::new(Arc::clone(&plan.milestones)));
         mmio.insert(layout::MMIO_WINDOW.start, boot_timer::LENGTH, timer)?;
     }
-    let mut places = Places::new(memory.clone(), host.clone(), mmio.clone(), root.clone());
+    let mut places =
+        Places::new(memory.clone(), host.clone(), mmio.clone(), root.clone(), plan.faults.clone());
     let platform = Platform::build(plan, &host, &ports, &mut places)?;
     let (serial, consoles) = Consoles::open(spec, &*host, &ports, &mut places)?;
     attach_devices(plan, &mut places)?;
@@ -177,6 +182,7 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
             events: Some(events),
             power_button: true,
             i8042: platform.keyboard.is_some(),
+            pvpanic: platform.pvpanic.is_some().then_some(pvpanic::PORT),
             ..Default::default()
         },
     )?;
@@ -203,6 +209,7 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
         devices: places.into_devices(),
         power: platform.power,
         keyboard: platform.keyboard,
+        pvpanic: platform.pvpanic,
         milestones: Arc::clone(&plan.milestones),
         ram,
         consoles,
@@ -253,6 +260,7 @@ fn cpuid_of(
 struct Platform {
     power: Arc<Power>,
     keyboard: Option<Arc<I8042>>,
+    pvpanic: Option<Arc<PvPanic>>,
     line: u32,
 }
 
@@ -279,7 +287,14 @@ impl Platform {
         // the guest, and so probed, it is only where somebody can press its keys.
         let keyboard = Arc::new(I8042::new(callback, line_of(i8042::GSI)?));
         ports.insert(i8042::BASE.into(), i8042::LEN.into(), keyboard.clone())?;
-        Ok(Platform { power, keyboard: plan.keyboard.then_some(keyboard), line })
+        let pvpanic = plan.spec.machine_config.pvpanic.then(|| {
+            let faults = Arc::clone(&plan.faults);
+            Arc::new(PvPanic::new(Arc::new(move |event| faults.panicked(event))))
+        });
+        if let Some(port) = &pvpanic {
+            ports.insert(pvpanic::PORT.into(), pvpanic::LEN.into(), port.clone())?;
+        }
+        Ok(Platform { power, keyboard: plan.keyboard.then_some(keyboard), pvpanic, line })
     }
 }
 

@@ -21,6 +21,7 @@ pub mod build;
 pub mod console;
 pub mod coredump;
 pub mod cpu;
+pub mod faults;
 pub mod handed;
 pub mod host;
 pub mod kvm;
@@ -35,6 +36,7 @@ use devices::{
     legacy::{
         i8042::{I8042, NotListening},
         power::Power,
+        pvpanic::PvPanic,
     },
     virtio::{DeviceError, core::Transport},
 };
@@ -135,6 +137,7 @@ pub struct Vm {
     pub(crate) devices: Vec<(String, Arc<dyn Transport>)>,
     pub(crate) power: Arc<Power>,
     pub(crate) keyboard: Option<Arc<I8042>>,
+    pub(crate) pvpanic: Option<Arc<PvPanic>>,
     pub(crate) milestones: Arc<Milestones>,
     /// What the machine booted with; kept mapped until the process ends.
     pub(crate) ram: Memory,
@@ -215,7 +218,9 @@ impl Vm {
         };
         let serial = self.consoles.counters().into_iter();
         let serial = serial.map(|(counter, count)| ("serial".to_owned(), counter, count));
-        self.devices.iter().flat_map(of).chain(serial).collect()
+        let pvpanic = self.pvpanic.iter().flat_map(|port| port.counters());
+        let pvpanic = pvpanic.map(|(counter, count)| ("pvpanic".to_owned(), counter, count));
+        self.devices.iter().flat_map(of).chain(serial).chain(pvpanic).collect()
     }
 
     fn each_device(&self, f: impl Fn(&Arc<dyn Transport>) -> Result<(), DeviceError>) -> Result<(), VmError> {

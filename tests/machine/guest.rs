@@ -44,7 +44,7 @@ poweroff -f
 /// Modules for what a test's guest drives.
 const REQUIRED: [&str; 5] =
     ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport"];
-const OPTIONAL: [&str; 8] = [
+const OPTIONAL: [&str; 9] = [
     "virtio_console",
     "virtio_rng",
     "evdev",
@@ -53,6 +53,7 @@ const OPTIONAL: [&str; 8] = [
     "nd_pmem",
     "virtio_balloon",
     "virtio_mem",
+    "pvpanic_mmio",
 ];
 
 /// Writes the archive for `kernel` to `path`. With `side`, this program is `/bin/side` in it.

@@ -27,6 +27,7 @@ mod block;
 mod boot;
 mod clients;
 mod descriptors;
+mod faults;
 mod guest;
 mod hostile;
 mod kernel;

@@ -4,6 +4,7 @@
 //!   port          device       file        what for
 //!   0x060, 0x064  keyboard     i8042.rs    reset by the oldest way; Ctrl-Alt-Del to the guest
 //!   0x3f8..0x3ff  serial       serial.rs   ttyS0: early messages, a console without drivers
+//!   0x505         panic        pvpanic.rs  the guest's kernel says that it crashed, if asked for
 //!   0x600..0x60f  power        power.rs    ACPI: sleep (off), reset, power button
 //! ```
 //!
@@ -16,6 +17,7 @@ pub mod i8042;
 pub mod output;
 pub mod power;
 pub mod pump;
+pub mod pvpanic;
 pub mod serial;
 pub mod wire;
 

@@ -32,7 +32,7 @@ mod tests;
 use std::{
     mem,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
@@ -46,6 +46,7 @@ use crate::{
     Memory,
     host::Host,
     state::Section,
+    trouble::{Trouble, Witness},
     virtio::{Active, Change, DeviceError, Interrupt, Report, VirtioDevice, queue::Queue},
     worker::Worker,
 };
@@ -56,15 +57,28 @@ pub const ISR_QUEUE: u32 = 1;
 pub const ISR_CONFIG: u32 = 2;
 
 /// The part of a device's state that workers change, readable and writable without a lock.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Flags {
     isr: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
     resets_wanted: AtomicU64,
+    witness: OnceLock<Witness>,
 }
 
 impl Flags {
+    /// Tells whoever watches the device of trouble.
+    pub fn report(&self, trouble: Trouble) {
+        if let Some(witness) = self.witness.get() {
+            witness(trouble);
+        }
+    }
+
+    /// Has a witness told of trouble from now on. Only the first one counts.
+    pub fn watch(&self, witness: Witness) {
+        let _ = self.witness.set(witness);
+    }
+
     /// Interrupt status bits that wait for the driver.
     pub fn isr(&self) -> u32 {
         self.isr.load(Ordering::SeqCst)
@@ -101,6 +115,7 @@ impl Flags {
         let news = !self.needs_reset.swap(true, Ordering::SeqCst);
         if news {
             self.resets_wanted.fetch_add(1, Ordering::Relaxed);
+            self.report(Trouble::NeedsReset);
         }
         news
     }
@@ -161,6 +176,9 @@ pub trait Transport: Send + Sync {
 
     /// What else the device says of itself.
     fn report(&self) -> Report;
+
+    /// Has `witness` told of trouble with the device from now on. Only the first one counts.
+    fn watch(&self, witness: Witness);
 }
 
 /// What a transport gives its core.

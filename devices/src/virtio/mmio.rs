@@ -25,6 +25,7 @@ use crate::{
     bus::Registers,
     host::Host,
     state::Section,
+    trouble::{Trouble, Witness},
     virtio::{
         About, Change, DeviceError, Interrupt, Report, VirtioDevice,
         core::{Bells, Core, Flags, ISR_CONFIG, ISR_QUEUE, Location, Plug, Ring, Transport},
@@ -209,6 +210,9 @@ impl Transport for MmioTransport {
     fn report(&self) -> Report {
         self.core().report()
     }
+    fn watch(&self, witness: Witness) {
+        self.flags.watch(witness);
+    }
 }
 
 /// An interrupt line with its status bits.
@@ -232,6 +236,9 @@ impl Interrupt for Line {
     fn config(&self) {
         self.flags.config_changed();
         self.raise(ISR_CONFIG);
+    }
+    fn trouble(&self, trouble: Trouble) {
+        self.flags.report(trouble);
     }
     fn needs_reset(&self) {
         if self.flags.set_needs_reset() {

@@ -41,6 +41,7 @@ use crate::{
     Memory,
     limiter::LimiterConfig,
     state::{Section, StateError},
+    trouble::Trouble,
     virtio::queue::Queue,
     worker::Worker,
 };
@@ -96,6 +97,9 @@ pub trait Interrupt: Send + Sync {
     /// The device met something it cannot go on from: sets `DEVICE_NEEDS_RESET` and notifies
     /// (VIRTIO 1.2 section 2.1.2). The machine goes on; the driver may reset the device.
     fn needs_reset(&self);
+    /// Something went wrong that the machine's owner may want to know. Nothing is told to the
+    /// driver by it.
+    fn trouble(&self, _trouble: Trouble) {}
 }
 
 /// Why a device could not do what its transport or its owner asked.

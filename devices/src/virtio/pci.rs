@@ -40,6 +40,7 @@ use crate::{
         msix::{self, Msix, VECTORS_MAX},
     },
     state::Section,
+    trouble::Witness,
     virtio::{
         About, Change, DeviceError, Report, VirtioDevice,
         core::{Bells, Core, Flags, Location, Plug, Ring, Transport},
@@ -395,5 +396,8 @@ impl Transport for PciTransport {
     }
     fn report(&self) -> Report {
         self.core().report()
+    }
+    fn watch(&self, witness: Witness) {
+        self.flags.watch(witness);
     }
 }

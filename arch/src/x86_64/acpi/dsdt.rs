@@ -38,6 +38,13 @@ pub(super) fn table(machine: &Description<'_>) -> Sdt {
     if machine.i8042 {
         keyboard(&mut devices);
     }
+    if let Some(port) = machine.pvpanic {
+        let hid = Name::new("_HID".into(), &"QEMU0001");
+        let ports = IO::new(port, port, 1, 1);
+        let resources = ResourceTemplate::new(vec![&ports]);
+        let crs = Name::new("_CRS".into(), &resources);
+        Device::new("PEVT".into(), vec![&hid, &crs]).to_aml_bytes(&mut devices);
+    }
     for (index, virtio) in machine.virtio_mmio.iter().enumerate() {
         virtio_mmio(&mut devices, index, *virtio);
     }

@@ -130,6 +130,8 @@ pub struct Description<'a> {
     pub processors: bool,
     /// Serial ports.
     pub serial: &'a [SerialPort],
+    /// Port of the panic notifier (`QEMU0001`).
+    pub pvpanic: Option<u16>,
     /// virtio devices on the MMIO transport, in the order the guest shall find them.
     pub virtio_mmio: &'a [VirtioMmio],
     /// PCI.

@@ -60,6 +60,7 @@ fn full() -> Description<'static> {
         vcpus: 64,
         processors: true,
         serial: SERIAL,
+        pvpanic: Some(0x505),
         virtio_mmio: VIRTIO,
         pci: Some(PciHost {
             ecam: 0xe000_0000,
@@ -180,12 +181,14 @@ fn the_dsdt_names_what_is_there_and_nothing_else() {
     let all = tables(&full());
     let table = dsdt(&all);
     let names = devices(table);
-    for name in
-        ["C000", "C03F", "S000", "KBD_", "V000", "V001", "PCI0", "MBRD", "PWRB", "VGEN", "VCLK", "GED_"]
-    {
+    for name in [
+        "C000", "C03F", "S000", "KBD_", "PEVT", "V000", "V001", "PCI0", "MBRD", "PWRB", "VGEN", "VCLK",
+        "GED_",
+    ] {
         assert_eq!(names.iter().filter(|n| *n == name).count(), 1, "{name}");
     }
-    assert_eq!(names.len(), 64 + 10);
+    assert_eq!(names.len(), 64 + 11);
+    assert!(contains(table, b"QEMU0001\0"));
     assert!(contains(table, b"_S5_"));
     // Memory32Fixed and extended interrupt of the second virtio device.
     assert!(contains(table, &[0x86, 9, 0, 1, 0, 0x10, 0, 0xc0, 0, 0x10, 0, 0]));

@@ -75,6 +75,20 @@ pub enum Request {
     WriteZeroes,
 }
 
+impl Request {
+    /// What it does, in a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Request::In(_) => "read",
+            Request::Out(_) => "write",
+            Request::Flush => "flush",
+            Request::GetId => "get-id",
+            Request::Discard => "discard",
+            Request::WriteZeroes => "write-zeroes",
+        }
+    }
+}
+
 /// Why a chain gets nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {

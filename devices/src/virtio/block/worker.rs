@@ -38,6 +38,7 @@ use crate::{
     disk::{Bounce, Disk, Ring},
     limiter::{Gate, Throttle},
     limits::{BLOCK_LINGER, BLOCK_TURN_BYTES, DRAIN_DEADLINE, TURN_BUDGET},
+    trouble::Trouble,
     virtio::{Interrupt, queue::Queue},
     worker::{Handler, Source, Watch},
 };
@@ -233,7 +234,7 @@ impl QueueHandler {
                     let bytes = self.fresh.bytes();
                     if let Some(result) = self.begin(watch) {
                         budget.bytes = budget.bytes.saturating_sub(bytes);
-                        let status = judge(&self.shared, result);
+                        let status = judge(&self.shared, self.fresh.request, result);
                         self.fresh.finish(&mut self.queue, status, &mut self.tally);
                         self.count_pushed();
                     }
@@ -362,7 +363,7 @@ impl QueueHandler {
                 }
                 Step::Again | Step::Plain => job.plain(&shared.disk, shared.stable, &mut self.bounce),
             };
-            let status = judge(shared, result);
+            let status = judge(shared, job.request, result);
             if self.broken {
                 job.busy = false;
                 continue;
@@ -432,11 +433,12 @@ fn push(ring: &mut Ring, job: &mut Job, head: u16, shared: &Shared) -> bool {
     unsafe { ring.push(&operation, u64::from(head)) }
 }
 
-fn judge(shared: &Shared, result: io::Result<()>) -> u8 {
+fn judge(shared: &Shared, request: Request, result: io::Result<()>) -> u8 {
     match result {
         Ok(()) => OK,
         Err(e) => {
-            shared.log(&format_args!("a request failed: {e}"));
+            shared.log(&format_args!("a {} failed: {e}", request.name()));
+            shared.interrupt.trouble(Trouble::io(request.name(), &e));
             IOERR
         }
     }

@@ -261,8 +261,11 @@ fn rings_that_cannot_be_end_in_needs_reset_and_a_reset_heals() {
 #[test]
 fn a_device_that_refuses_to_start_needs_a_reset() {
     let rig = rig();
+    let (sender, told) = mpsc::channel();
+    rig.transport.watch(Box::new(move |trouble| sender.send(trouble).unwrap()));
     rig.script.refuse_start.store(true, Ordering::SeqCst);
     assert_eq!(rig.up(), 0x4f);
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [Trouble::NeedsReset], "its owner is told");
     rig.script.refuse_start.store(false, Ordering::SeqCst);
     assert_eq!(rig.up(), 0xf);
     assert_eq!(rig.count(|s| &s.stops), 0, "what never started is not stopped");

@@ -34,6 +34,7 @@ use crate::{
     limiter::{Gate, Throttle},
     limits::TURN_BUDGET,
     mmds::Detour,
+    trouble::Trouble,
     virtio::{Interrupt, queue::Queue},
     worker::{Handler, Source, Watch},
 };
@@ -167,6 +168,7 @@ impl Pair {
         self.gone = true;
         if !self.shared.link_down.swap(true, Ordering::AcqRel) {
             log::warn!("The tap of a network device is gone; its link is down");
+            self.interrupt.trouble(Trouble::LinkDown);
             if self.status {
                 self.interrupt.config();
             }

@@ -8,6 +8,7 @@ use std::sync::{
 use super::NO_VECTOR;
 use crate::{
     pci::msix::Msix,
+    trouble::Trouble,
     virtio::{
         Interrupt,
         core::{Flags, ISR_CONFIG, ISR_QUEUE},
@@ -92,6 +93,10 @@ impl Interrupt for Vectors {
         self.flags.config_changed();
         self.flags.raise(ISR_CONFIG);
         self.msix.fire(self.config.load(Ordering::SeqCst));
+    }
+
+    fn trouble(&self, trouble: Trouble) {
+        self.flags.report(trouble);
     }
 
     fn needs_reset(&self) {

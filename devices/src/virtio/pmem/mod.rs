@@ -44,6 +44,7 @@ use crate::{
     limiter::{Gate, LimiterConfig, LimiterState, Throttle},
     limits::PMEM_QUEUE_SIZE,
     state::{Section, StateError},
+    trouble::Trouble,
     virtio::{
         About, Active, Change, DeviceError, F_COMMON, Interrupt, VirtioDevice,
         queue::{Chain, Queue, QueueError},
@@ -407,6 +408,7 @@ impl Server {
         self.counters.flushes.fetch_add(1, Relaxed);
         let Err(error) = self.backing.flush() else { return true };
         self.counters.flush_fails.fetch_add(1, Relaxed);
+        self.interrupt.trouble(Trouble::io("flush", &error));
         if !std::mem::replace(&mut self.logged, true) {
             let path = self.backing.path().display();
             log::error!(
