@@ -171,9 +171,9 @@ fn put(segments: &[&str], body: &[u8], path: &str) -> Result<Parsed, Fault> {
         ["metrics"] => Request::PutMetrics(json(body)?),
         ["snapshot", "create"] => json(body).map(|_: Value| Request::CreateSnapshot)?,
         ["snapshot", "load"] => json(body).map(|_: Value| Request::LoadSnapshot)?,
-        ["vm", "nmi"] => Request::Nmi,
-        ["vm", "power-button"] => Request::PowerButton,
-        ["vm", "stop"] => Request::Stop,
+        ["vm", "nmi"] => nothing(body).map(|()| Request::Nmi)?,
+        ["vm", "power-button"] => nothing(body).map(|()| Request::PowerButton)?,
+        ["vm", "stop"] => nothing(body).map(|()| Request::Stop)?,
         ["vm", "coredump"] => Request::CoreDump(json::<CoreDump>(body)?.path),
         _ => return Err(unknown("PUT", path)),
     };
@@ -287,6 +287,15 @@ fn checked(id: &str) -> Result<&str, Fault> {
     }
 }
 
+/// Refuses the body of a call that takes none, but for an object without fields, which many
+/// clients send where there is nothing to say.
+pub fn nothing(body: &[u8]) -> Result<(), Fault> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Nothing {}
+    if body.is_empty() { Ok(()) } else { json::<Nothing>(body).map(|_| ()) }
+}
+
 fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     serde_json::from_slice(body).map_err(|e| bad_json(&e))
 }
@@ -391,6 +400,7 @@ mod tests {
             hinting.request,
             Request::StartHinting(crate::spec::HintingStart { acknowledge_on_stop: true })
         );
+        assert_eq!(parsed("PUT", "/vm/nmi", "{}").unwrap().request, Request::Nmi);
         let vsock = parsed("PUT", "/vsock", r#"{"guest_cid": 3, "uds_path": "v", "vsock_id": "1"}"#).unwrap();
         assert!(vsock.deprecation.unwrap().contains("vsock_id"));
     }
@@ -402,6 +412,8 @@ mod tests {
             ("PUT", "/boot-source", "", "Empty PUT request"),
             ("PATCH", "/machine-config", "{}", "Empty PATCH request"),
             ("PUT", "/drives", "{}", "ID cannot be empty"),
+            ("PUT", "/vm/nmi", "garbage", "expected value"),
+            ("PUT", "/vm/stop", r#"{"now": true}"#, "unknown field `now`"),
             ("PUT", "/drives/a-b", "{}", "alphanumeric"),
             (
                 "PUT",

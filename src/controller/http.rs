@@ -77,10 +77,13 @@ impl Controller {
             }
             (http::Method::Get, "/healthz") => Answer::Now(Response::value(&self.info())),
             (http::Method::Get, "/events") => self.follow(request, ticket),
-            (http::Method::Post, "/vm/wait") => {
-                self.waiting.push(ticket);
-                Answer::Later
-            }
+            (http::Method::Post, "/vm/wait") => match routes::nothing(&request.body) {
+                Ok(()) => {
+                    self.waiting.push(ticket);
+                    Answer::Later
+                }
+                Err(fault) => Answer::Now(rendered(&Err(fault))),
+            },
             (http::Method::Put, "/vm/shutdown") => self.shut_down(request, ticket),
             _ => Answer::Now(self.ask(request)),
         }

@@ -31,7 +31,12 @@ pub fn counts(reading: &Reading, api: &ApiCounters, own: &Own) -> Counts {
     };
     for device in &reading.devices {
         let Some((_, section, _)) = KINDS.iter().find(|(kind, ..)| *kind == device.kind) else { continue };
-        device.counters.iter().for_each(|(name, count)| add(section, &device.name, name, *count));
+        for (name, count) in &device.counters {
+            match *name {
+                "interrupts" => add("interrupts", "", "triggers", *count),
+                name => add(section, &device.name, name, *count),
+            }
+        }
     }
     for (method, path, calls) in api.calls() {
         let places = REQUESTS.iter().filter(|(_, _, m, p)| (*m, *p) == (method, path));

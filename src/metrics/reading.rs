@@ -44,6 +44,8 @@ impl Reading {
             self.devices.push(Device { kind, name: name.clone(), counters });
         }
         self.add("serial", vm.consoles.counters());
+        self.add("i8042", vm.keyboard.as_ref().map_or_else(Vec::new, |keyboard| keyboard.counters()));
+        self.add("pvpanic", vm.pvpanic.as_ref().map_or_else(Vec::new, |port| port.counters()));
     }
 
     /// Adds a part of which there is one, unless it counts nothing.

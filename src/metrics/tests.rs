@@ -402,3 +402,15 @@ fn the_time_to_the_first_request_is_measured_when_the_caller_says_when_it_began(
     assert!((5_000..60_000_000).contains(&own.startup_us) && own.startup_cpu_us >= 70);
     assert_eq!(Metrics::new(Startup::default()).own.startup_us, 0);
 }
+
+#[test]
+fn interrupts_are_summed_and_doorbells_have_firecrackers_names() {
+    let mut rig = Rig::new();
+    rig.count("virtio-net", "eth0", &[("interrupts", 3), ("tx_doorbells", 2), ("port_read_errors", 1)]);
+    rig.count("virtio-block", "a", &[("interrupts", 4), ("activate_fails", 1)]);
+    let line = rig.flush();
+    assert_eq!(line["interrupts"]["triggers"], 7);
+    assert_eq!(line["net_eth0"]["tx_queue_event_count"], 2);
+    assert_eq!(line["net"]["tap_read_fails"], 1);
+    assert_eq!(line["block_a"]["activate_fails"], 1);
+}

@@ -169,5 +169,5 @@ fn a_tap_of_two_queues_passes_packets() {
     ended.is("queues", &2);
     ended.is("ping", "answered");
     ended.is("sum", &sha256(&data));
-    assert_eq!(ended.counter("eth0", "port_errors"), 0);
+    assert_eq!(ended.counter("eth0", "port_write_errors"), 0);
 }

@@ -149,7 +149,7 @@ fn packets_pass_both_ways(kernel: Kernel, transport: Transport, net: u8, mtu: u1
     for (counter, least) in [("tx_bytes", 8 * MIB as u64), ("rx_bytes", 4 * MIB as u64)] {
         assert!(ended.counter("eth0", counter) >= least, "{}", ended.log);
     }
-    for counter in ["rx_dropped", "tx_dropped", "tx_malformed", "port_errors", "queue_errors"] {
+    for counter in ["rx_dropped", "tx_dropped", "tx_malformed", "port_write_errors", "queue_errors"] {
         assert_eq!(ended.counter("eth0", counter), 0, "{counter}");
     }
 }

@@ -16,7 +16,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use serde::{Deserialize, Serialize};
@@ -84,6 +87,9 @@ pub struct I8042 {
     callback: PowerCallback,
     line: EventFd,
     state: Mutex<State>,
+    reads: AtomicU64,
+    writes: AtomicU64,
+    errors: AtomicU64,
 }
 
 impl I8042 {
@@ -97,7 +103,15 @@ impl I8042 {
             scanning: true,
             output: VecDeque::new(),
         };
-        I8042 { callback, line, state: Mutex::new(state) }
+        let [reads, writes, errors] = [(); 3].map(|()| AtomicU64::new(0));
+        I8042 { callback, line, state: Mutex::new(state), reads, writes, errors }
+    }
+
+    /// Accesses by the guest, and those among them to registers that do not exist.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let counters =
+            [("read_count", &self.reads), ("write_count", &self.writes), ("error_count", &self.errors)];
+        counters.map(|(name, count)| (name, count.load(Relaxed))).to_vec()
     }
 
     /// Presses Ctrl, Alt and Delete.
@@ -236,6 +250,7 @@ impl I8042 {
 impl Registers for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
+        self.reads.fetch_add(1, Relaxed);
         let [value] = data else { return };
         let mut state = self.lock();
         *value = match offset {
@@ -250,17 +265,23 @@ impl Registers for I8042 {
                 let command = if state.command { STATUS_COMMAND } else { 0 };
                 full | command | STATUS_UNLOCKED | state.control & STATUS_SYSTEM
             }
-            _ => 0xff,
+            _ => {
+                self.errors.fetch_add(1, Relaxed);
+                0xff
+            }
         };
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        self.writes.fetch_add(1, Relaxed);
         let &[value] = data else { return };
         let mut state = self.lock();
         match offset {
             0 => self.data(&mut state, value),
             4 => self.command(&mut state, value),
-            _ => {}
+            _ => {
+                self.errors.fetch_add(1, Relaxed);
+            }
         }
     }
 }

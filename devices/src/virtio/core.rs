@@ -63,6 +63,7 @@ pub struct Flags {
     generation: AtomicU32,
     needs_reset: AtomicBool,
     resets_wanted: AtomicU64,
+    interrupts: AtomicU64,
     witness: OnceLock<Witness>,
 }
 
@@ -77,6 +78,11 @@ impl Flags {
     /// Has a witness told of trouble from now on. Only the first one counts.
     pub fn watch(&self, witness: Witness) {
         let _ = self.witness.set(witness);
+    }
+
+    /// Counts an interrupt that is sent.
+    pub fn count_interrupt(&self) {
+        self.interrupts.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Interrupt status bits that wait for the driver.
@@ -228,6 +234,10 @@ pub struct Core {
     paused: bool,
     /// The device once failed to stop: it may still be using its queues.
     broken: bool,
+    /// Starts that failed.
+    activate_fails: u64,
+    /// Writes to the configuration that lay outside of it.
+    cfg_fails: u64,
 }
 
 impl Core {
@@ -248,6 +258,8 @@ impl Core {
             lent: 0,
             paused: false,
             broken: false,
+            activate_fails: 0,
+            cfg_fails: 0,
         }
     }
 
@@ -344,6 +356,8 @@ impl Core {
         let inside = end.is_some_and(|end| end <= u64::from(self.device.about().config_len));
         if let (true, false, Ok(offset)) = (inside, data.is_empty(), u32::try_from(offset)) {
             self.device.write_config(offset, data);
+        } else {
+            self.cfg_fails += 1;
         }
     }
 
@@ -376,10 +390,13 @@ impl Core {
         self.device.update(change)
     }
 
-    /// The device's counters and how often it asked for a reset.
+    /// The device's counters and those that every device has.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         let mut counters = self.device.counters();
         counters.push(("needs_reset", self.flags.resets_wanted.load(Ordering::Relaxed)));
+        counters.push(("interrupts", self.flags.interrupts.load(Ordering::Relaxed)));
+        counters.push(("activate_fails", self.activate_fails));
+        counters.push(("cfg_fails", self.cfg_fails));
         counters
     }
 
@@ -399,6 +416,7 @@ impl Core {
     /// `DRIVER_OK`: starts, or tells the driver that it cannot be.
     fn activate(&mut self) {
         if let Err(error) = self.start() {
+            self.activate_fails += 1;
             log::warn!("A {} cannot be started as its driver set it up: {error}", self.kind());
             self.interrupt.needs_reset();
         }

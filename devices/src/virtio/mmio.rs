@@ -224,6 +224,7 @@ struct Line {
 impl Line {
     fn raise(&self, bits: u32) {
         self.flags.raise(bits);
+        self.flags.count_interrupt();
         // Fails only when the counter is full: then an edge is on its way already.
         let _ = self.line.write(1);
     }

@@ -211,6 +211,8 @@ pub struct Block {
     announce: bool,
     /// The disk once did not let go of its requests in time; its threads may still use them.
     stuck: bool,
+    /// Live changes, and those among them that failed.
+    updates: [u64; 2],
 }
 
 impl Block {
@@ -254,6 +256,7 @@ impl Block {
             running: None,
             announce: false,
             stuck: false,
+            updates: [0; 2],
         })
     }
 
@@ -495,7 +498,7 @@ impl VirtioDevice for Block {
     }
 
     fn update(&mut self, change: &Change) -> Result<(), DeviceError> {
-        match change {
+        let done = match change {
             Change::Backing(path) => self.replace(path.as_deref()),
             Change::Limits(limits) => {
                 self.throttle.change(*limits);
@@ -507,13 +510,22 @@ impl VirtioDevice for Block {
                 Ok(())
             }
             _ => Err(DeviceError::Change(format!("A disk cannot be changed by {change:?}"))),
-        }
+        };
+        self.updates[0] += 1;
+        self.updates[1] += u64::from(done.is_err());
+        done
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let (throttled, woken) = self.throttle.counters();
-        let limiter = [("rate_limiter_throttled_events", throttled), ("rate_limiter_event_count", woken)];
-        self.stats.list().into_iter().chain(limiter).collect()
+        let [updates, failed] = self.updates;
+        let further = [
+            ("rate_limiter_throttled_events", throttled),
+            ("rate_limiter_event_count", woken),
+            ("update_count", updates),
+            ("update_fails", failed),
+        ];
+        self.stats.list().into_iter().chain(further).collect()
     }
 }
 

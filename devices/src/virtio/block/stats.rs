@@ -18,9 +18,15 @@ pub(super) struct Tally {
     pub unsupported: u64,
     /// Rings given up because the driver broke them.
     pub queue_errors: u64,
+    /// Times the driver rang.
+    pub doorbells: u64,
+    /// Times it rang and nothing was there.
+    pub idle_doorbells: u64,
+    /// Times the ring of the kernel did not take all that it was given.
+    pub ring_full: u64,
 }
 
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 12] = [
     "reads",
     "writes",
     "read_bytes",
@@ -30,11 +36,14 @@ const NAMES: [&str; 9] = [
     "errors",
     "unsupported",
     "queue_errors",
+    "queue_event_count",
+    "no_avail_buffer",
+    "io_engine_throttled_events",
 ];
 
 /// The sums, read by whoever collects metrics.
 #[derive(Debug, Default)]
-pub(super) struct Stats([AtomicU64; 9]);
+pub(super) struct Stats([AtomicU64; 12]);
 
 impl Stats {
     /// Adds a batch and empties it.
@@ -50,6 +59,9 @@ impl Stats {
             t.errors,
             t.unsupported,
             t.queue_errors,
+            t.doorbells,
+            t.idle_doorbells,
+            t.ring_full,
         ];
         for (sum, part) in self.0.iter().zip(parts) {
             if part != 0 {

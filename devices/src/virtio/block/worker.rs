@@ -170,6 +170,7 @@ impl QueueHandler {
                     break;
                 }
             };
+            self.tally.ring_full += u64::from(!all);
             let limited = self.gate.is_shut();
             if budget.is_spent() || !all || limited && !self.gate.sleep(watch) {
                 let _ = self.bell.write(1);
@@ -456,6 +457,9 @@ impl Handler for QueueHandler {
             BELL => {
                 let _ = self.bell.read();
                 self.pace.wake(Instant::now());
+                self.tally.doorbells += 1;
+                let idle = self.flight.count() == 0 && self.queue.waiting().is_ok_and(|n| n == 0);
+                self.tally.idle_doorbells += u64::from(idle);
             }
             TIMER => self.gate.opened(),
             _ => {}

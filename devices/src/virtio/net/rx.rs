@@ -122,7 +122,7 @@ impl Rx {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if super::is_gone(&e) => return self.end(Turn::Gone, notify),
                 Err(_) => {
-                    tally.port_errors += 1;
+                    tally.port_read_errors += 1;
                     tally.rx_dropped += 1;
                 }
             }

@@ -46,6 +46,10 @@ counters! {
     tx_malformed: "Frames of a false length or with a false header.",
     tx_spoofed: "Frames with another source address than the device's.",
     tx_blocked: "Times the host could not take more at once.",
-    port_errors: "Reads and writes of the host's side that failed.",
+    port_read_errors: "Reads of the host's side that failed.",
+    port_write_errors: "Writes to the host's side that failed.",
+    port_events: "Times the host's side had something to say.",
+    rx_doorbells: "Times the driver rang with buffers.",
+    tx_doorbells: "Times the driver rang with frames.",
     queue_errors: "Queues that the driver spoiled.",
 }

@@ -141,7 +141,7 @@ impl Tx {
                 }
                 Sent::Failed(_) => {
                     tally.tx_dropped += 1;
-                    tally.port_errors += u64::from(!self.unplugged);
+                    tally.port_write_errors += u64::from(!self.unplugged);
                 }
             }
             if !free {

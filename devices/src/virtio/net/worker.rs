@@ -248,11 +248,13 @@ impl Handler for Pair {
         match token {
             RX_KICK => {
                 let _ = self.rx.as_ref().map(|rx| rx.kick.read());
+                self.tally.rx_doorbells += 1;
                 self.reply();
                 self.receive(false);
             }
             TX_KICK => {
                 let _ = self.tx.as_ref().map(|tx| tx.kick.read());
+                self.tally.tx_doorbells += 1;
                 self.transmit();
             }
             RX_TIMER => {
@@ -266,6 +268,7 @@ impl Handler for Pair {
             }
             MMDS => self.mmds.iter().for_each(|mmds| mmds.tick(Instant::now())),
             _ => {
+                self.tally.port_events += 1;
                 if alarm || events.contains(EventSet::IN) {
                     self.receive(alarm);
                 }

@@ -74,6 +74,11 @@ impl Vectors {
         self.queues.get(usize::try_from(index).ok()?)
     }
 
+    fn fire(&self, vector: u16) {
+        self.flags.count_interrupt();
+        self.msix.fire(vector);
+    }
+
     fn existing(&self, vector: u16) -> u16 {
         if vector < self.msix.count() { vector } else { NO_VECTOR }
     }
@@ -86,13 +91,13 @@ impl Interrupt for Vectors {
         if !self.msix.enabled() {
             self.flags.raise(ISR_QUEUE);
         }
-        self.msix.fire(self.queue(u32::from(index)));
+        self.fire(self.queue(u32::from(index)));
     }
 
     fn config(&self) {
         self.flags.config_changed();
         self.flags.raise(ISR_CONFIG);
-        self.msix.fire(self.config.load(Ordering::SeqCst));
+        self.fire(self.config());
     }
 
     fn trouble(&self, trouble: Trouble) {
@@ -102,7 +107,7 @@ impl Interrupt for Vectors {
     fn needs_reset(&self) {
         if self.flags.set_needs_reset() {
             self.flags.raise(ISR_CONFIG);
-            self.msix.fire(self.config.load(Ordering::SeqCst));
+            self.fire(self.config());
         }
     }
 }

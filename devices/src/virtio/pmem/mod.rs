@@ -98,7 +98,6 @@ pub enum PmemError {
 struct Counters {
     queue_event_count: AtomicU64,
     event_fails: AtomicU64,
-    cfg_fails: AtomicU64,
     requests: AtomicU64,
     flushes: AtomicU64,
     flush_fails: AtomicU64,
@@ -177,10 +176,6 @@ impl VirtioDevice for Pmem {
             *place = byte;
         }
         read_config_bytes(&space, offset, data);
-    }
-
-    fn write_config(&mut self, _offset: u32, _data: &[u8]) {
-        self.counters.cfg_fails.fetch_add(1, Relaxed);
     }
 
     fn start(&mut self, active: Active) -> Result<(), DeviceError> {
@@ -272,7 +267,6 @@ impl VirtioDevice for Pmem {
         vec![
             ("queue_event_count", of(&counters.queue_event_count)),
             ("event_fails", of(&counters.event_fails)),
-            ("cfg_fails", of(&counters.cfg_fails)),
             ("requests", of(&counters.requests)),
             ("flushes", of(&counters.flushes)),
             ("flush_fails", of(&counters.flush_fails)),

@@ -65,6 +65,7 @@ pub struct Counters {
     dialed: AtomicU64,
     refused: AtomicU64,
     resets: AtomicU64,
+    removed: AtomicU64,
     queue_errors: AtomicU64,
 }
 
@@ -81,6 +82,7 @@ impl Counters {
             ("dialed", &self.dialed),
             ("refused", &self.refused),
             ("resets", &self.resets),
+            ("conns_removed", &self.removed),
             ("queue_errors", &self.queue_errors),
         ]
         .map(|(name, value)| (name, value.load(Ordering::Relaxed)))
@@ -371,6 +373,7 @@ impl Muxer {
     /// Ends a connection; with `reset` the guest is told.
     fn drop_stream(&mut self, slot: u32, reset: bool) {
         let Some(mut stream) = self.table.remove(slot) else { return };
+        add(&self.counters.removed, 1);
         stream.release(&mut self.pool);
         if reset {
             add(&self.counters.resets, 1);
