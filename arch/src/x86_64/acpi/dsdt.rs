@@ -6,15 +6,15 @@
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, Field,
     FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed,
-    Method, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Package, Path, ResourceTemplate,
-    Return, Scope, Store, Uuid, ZERO,
+    Method, MethodCall, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Package, Path,
+    ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{
-    Description, Events, POWER_OFF_SLEEP_TYPE, PciHost, Register, SerialPort, VirtioMmio, event, layout,
-    table as sdt,
+    Description, Events, POWER_OFF_SLEEP_TYPE, PciHost, PciHotplug, Register, SerialPort, VirtioMmio, event,
+    layout, table as sdt,
 };
 
 /// Bytes of AML that are done.
@@ -175,6 +175,11 @@ fn event_device(out: &mut Vec<u8>, events: Events, machine: &Description<'_>) {
             If::new(&is_set, vec![&notify]).to_aml_bytes(&mut handlers);
         }
     }
+    if machine.pci.as_ref().is_some_and(|pci| pci.hotplug.is_some()) {
+        let is_set = And::new(&ZERO, &pending, &event::PCI);
+        let scan = MethodCall::new("\\_SB_.PCI0.PSCN".into(), Vec::new());
+        If::new(&is_set, vec![&scan]).to_aml_bytes(&mut handlers);
+    }
     let handlers = Done(&handlers);
     let method = Method::new("_EVT".into(), 1, true, vec![&read, &handlers]);
     let hid = Name::new("_HID".into(), &"ACPI0013");
@@ -207,7 +212,12 @@ fn pci_host(out: &mut Vec<u8>, pci: &PciHost) {
     let mut osc = Vec::new();
     operating_system_capabilities(&mut osc);
     let osc = Done(&osc);
-    let parts: Vec<&dyn Aml> = vec![&hid, &cid, &seg, &bbn, &uid, &coherent, &crs, &osc];
+    let mut slots = Vec::new();
+    if let Some(hotplug) = pci.hotplug {
+        pci_slots(&mut slots, hotplug);
+    }
+    let slots = Done(&slots);
+    let parts: Vec<&dyn Aml> = vec![&hid, &cid, &seg, &bbn, &uid, &coherent, &crs, &osc, &slots];
     Device::new("PCI0".into(), parts).to_aml_bytes(out);
 
     let length = (u32::from(pci.last_bus) + 1).saturating_mul(layout::ECAM_BUS as u32);
@@ -216,6 +226,44 @@ fn pci_host(out: &mut Vec<u8>, pci: &PciHost) {
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0C02"));
     let crs = Name::new("_CRS".into(), &resources);
     Device::new("MBRD".into(), vec![&hid, &uid, &crs]).to_aml_bytes(out);
+}
+
+/// The slots of bus 0 and the method that looks which of them changed (ACPI 6.5 sections 6.1.1,
+/// 6.1.8 and 6.3.3). There is no `_STA`: a guest finds out by the configuration space whether
+/// something is in a slot.
+fn pci_slots(out: &mut Vec<u8>, hotplug: PciHotplug) {
+    const DEVICE_CHECK: u8 = 1;
+    const EJECT_REQUEST: u8 = 3;
+    let region = OpRegion::new("PHPR".into(), OpRegionSpace::SystemIO, &hotplug.port, &12u8);
+    region.to_aml_bytes(out);
+    let field = |name| FieldEntry::Named(name, 32);
+    Field::new(
+        "PHPR".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        vec![field(*b"PINS"), field(*b"PWNT"), field(*b"PEJT")],
+    )
+    .to_aml_bytes(out);
+    let (inserted, wanted, eject) = (Path::new("PINS"), Path::new("PWNT"), Path::new("PEJT"));
+    let mut scan = Vec::new();
+    Store::new(&Local(0), &inserted).to_aml_bytes(&mut scan);
+    Store::new(&Local(1), &wanted).to_aml_bytes(&mut scan);
+    for slot in 1..hotplug.slots.min(32) {
+        let (name, bit) = (numbered('P', slot.into()), 1u32 << slot);
+        let (sun, adr) =
+            (Name::new("_SUN".into(), &slot), Name::new("_ADR".into(), &(u32::from(slot) << 16)));
+        let give = Store::new(&eject, &bit);
+        let eject = Method::new("_EJ0".into(), 1, true, vec![&give]);
+        Device::new(numbered('P', slot.into()), vec![&sun, &adr, &eject]).to_aml_bytes(out);
+        for (bits, what) in [(Local(0), DEVICE_CHECK), (Local(1), EJECT_REQUEST)] {
+            let is_set = And::new(&ZERO, &bits, &bit);
+            let notify = Notify::new(&name, &what);
+            If::new(&is_set, vec![&notify]).to_aml_bytes(&mut scan);
+        }
+    }
+    let scan = Done(&scan);
+    Method::new("PSCN".into(), 0, true, vec![&scan]).to_aml_bytes(out);
 }
 
 /// `_OSC` of the host bridge (PCI Firmware Specification 4.5): the operating system may have

@@ -47,6 +47,8 @@ pub mod event {
     /// The generation id has changed. The bits between are those of events of processors and
     /// memory, which no table here speaks of yet.
     pub const GENERATION: u8 = 8;
+    /// PCI devices came or are to go.
+    pub const PCI: u8 = 16;
 }
 
 /// Where a one-byte register lies.
@@ -99,6 +101,18 @@ pub struct PciHost {
     pub window_32: Range<u32>,
     /// Window for 64-bit BARs.
     pub window_64: Option<Range<u64>>,
+    /// Devices that come and go while the guest runs; works through the event device.
+    pub hotplug: Option<PciHotplug>,
+}
+
+/// Three 32-bit I/O ports with a bit a slot: slots that were filled, slots that are wanted back
+/// (reading either takes its bits), and, for writing, slots that the guest has let go of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciHotplug {
+    /// The first port.
+    pub port: u16,
+    /// Device numbers 1 to one less than this are described (at most 32).
+    pub slots: u8,
 }
 
 /// The event device: one line, one status byte (see [`event`]).

@@ -67,6 +67,7 @@ fn full() -> Description<'static> {
             last_bus: 0,
             window_32: 0xc100_0000..0xe000_0000,
             window_64: Some(0x1_4000_0000..0xfd_0000_0000),
+            hotplug: Some(PciHotplug { port: 0x640, slots: 32 }),
         }),
         reset: Some((Register::Io(0x600), 7)),
         sleep: Some(Sleep { control: Register::Io(0x601), status: Register::Io(0x602) }),
@@ -194,6 +195,17 @@ fn the_dsdt_names_what_is_there_and_nothing_else() {
     assert!(contains(table, &[0x86, 9, 0, 1, 0, 0x10, 0, 0xc0, 0, 0x10, 0, 0]));
     assert!(contains(table, &[0x89, 6, 0, 3, 1, 6, 0, 0, 0]));
     assert!(contains(table, b"_OSC") && contains(table, b"_EVT"));
+
+    // Eject method of slot 31: its bit is stored to the register.
+    assert!(contains(table, b"P01F") && !contains(table, b"P000") && !contains(table, b"P020"));
+    assert!(contains(table, b"\x70\x0c\x00\x00\x00\x80PEJT"));
+
+    let mut fixed = full();
+    fixed.pci.iter_mut().for_each(|pci| pci.hotplug = None);
+    let fixed = tables(&fixed);
+    for name in [&b"PSCN"[..], b"_EJ0", b"PHPR"] {
+        assert!(contains(table, name) && !contains(dsdt(&fixed), name));
+    }
 
     let bare = tables(&Description { vcpus: 4, ..Default::default() });
     assert!(devices(dsdt(&bare)).is_empty());
