@@ -70,6 +70,8 @@ pub enum Request {
     PutVsock(Vsock),
     /// The entropy device.
     PutEntropy(Entropy),
+    /// Takes the entropy device out of a running machine. *Ours.*
+    DeleteEntropy,
     /// The serial port.
     PutSerial(Serial),
     /// The balloon.

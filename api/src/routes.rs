@@ -38,6 +38,7 @@ pub const TABLE: &[Route] = &[
     ("DELETE", "/network-interfaces/{id}"),
     ("PUT", "/vsock"),
     ("PUT", "/entropy"),
+    ("DELETE", "/entropy"),
     ("PUT", "/serial"),
     ("GET", "/balloon"),
     ("PUT", "/balloon"),
@@ -87,6 +88,7 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Parsed, Fault> {
     let plain = |request| Ok(Parsed { request, deprecation: None });
     match (method, &segments[..]) {
         ("GET", rest) => read(rest).map_or_else(|| Err(unknown(method, path)), plain),
+        ("DELETE", ["entropy"]) => plain(Request::DeleteEntropy),
         ("DELETE", [kind, id]) => {
             let id = checked(id)?.to_owned();
             match *kind {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   guest ─► ECAM window ─► root.rs   slot → Function
+//!   guest ─► ports ────────► hotplug.rs   slots that were filled, slots wanted back
 //!                              │
 //!                              ▼
 //!                          config.rs  256 bytes: header, BARs, capabilities
@@ -14,9 +15,11 @@
 //! message-signalled interrupts need no routing table in firmware and no sharing.
 //!
 //! Whoever builds the machine gives every BAR its address before the guest runs, because there
-//! is no firmware to do so. A guest may move it all the same.
+//! is no firmware to do so. A guest may move it all the same, and gives addresses itself to what
+//! is inserted while it runs.
 
 pub mod config;
+pub mod hotplug;
 pub mod msix;
 pub mod root;
 
@@ -26,4 +29,6 @@ pub trait Function: Send + Sync {
     fn read_config(&self, offset: u16, data: &mut [u8]);
     /// Writes `data` (1 to 8 bytes) at `offset`; `offset + data.len()` is at most 4096.
     fn write_config(&self, offset: u16, data: &[u8]);
+    /// The function was taken out of its slot: stops, and answers nowhere any more.
+    fn unplug(&self) {}
 }

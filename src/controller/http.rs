@@ -85,6 +85,7 @@ impl Controller {
                 Err(fault) => Answer::Now(rendered(&Err(fault))),
             },
             (http::Method::Put, "/vm/shutdown") => self.shut_down(request, ticket),
+            (http::Method::Delete, _) => self.delete(request, ticket),
             _ => Answer::Now(self.ask(request)),
         }
     }
@@ -105,6 +106,28 @@ impl Controller {
             response = response.with("Deprecation", "true");
         }
         response
+    }
+
+    /// Answered when the device is gone: that is when its file or tap is free.
+    fn delete(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
+        let parsed = routes::parse("DELETE", &request.path, &request.body);
+        let removal = parsed.as_ref().ok().and_then(|parsed| super::plug::removes(&parsed.request));
+        match (removal, request.query.as_str()) {
+            (Some(_), "force=true") if !self.arrived.is_empty() => {
+                Answer::Now(rendered(&Err(unasked(self.arrived.len()))))
+            }
+            (Some((kind, id)), "force=true") => Answer::Now(rendered(&self.force_device(kind, id))),
+            (Some((kind, id)), "" | "force=false") => {
+                let response = self.ask(request);
+                let waits = response.status == 204 && self.wait_for_removal(kind, id, ticket);
+                if waits { Answer::Later } else { Answer::Now(response) }
+            }
+            (Some(_), other) => {
+                let text = format!("The query of DELETE is {other:?}; it can be force=true or force=false");
+                Answer::Now(rendered(&Err(Fault::new(FaultKind::Invalid, text))))
+            }
+            (None, _) => Answer::Now(self.ask(request)),
+        }
     }
 
     fn follow(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
@@ -146,7 +169,7 @@ impl Controller {
     }
 }
 
-fn rendered(outcome: &Result<Reply, Fault>) -> Response {
+pub(super) fn rendered(outcome: &Result<Reply, Fault>) -> Response {
     let rendered = routes::render(outcome);
     match rendered.content_type {
         "" => Response::done(),

@@ -58,6 +58,20 @@ impl Controller {
     }
 }
 
+/// How the service would be described that answers on no interface.
+pub(super) fn described(mmds: &Mmds) -> spec::MmdsConfig {
+    let config = mmds.config();
+    spec::MmdsConfig {
+        version: match config.version {
+            MmdsVersion::V1 => spec::MmdsVersion::V1,
+            MmdsVersion::V2 => spec::MmdsVersion::V2,
+        },
+        network_interfaces: Vec::new(),
+        ipv4_address: Some(config.address).filter(|address| *address != DEFAULT_ADDRESS),
+        imds_compat: config.imds_compat,
+    }
+}
+
 fn fault(error: &MmdsError) -> Fault {
     let kind = match error {
         MmdsError::TooLarge { .. } => FaultKind::TooLarge,

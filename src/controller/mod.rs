@@ -7,7 +7,7 @@
 //! ```text
 //!   API socket: server ──► http.rs ─┐
 //!   Handle::call ──┐                ├─► phase.rs: allowed? ─► draft.rs (before the start)
-//!   vCPU: ended ───┼► queue + bell ─┘                       └► live.rs  (after it)
+//!   vCPU: ended ───┼► queue + bell ─┘                       └► live.rs, plug.rs (after it)
 //!   power button ──┘        ▲
 //!   SIGTERM ─── signalfd ───┘                    events.rs: what happened, for readers
 //! ```
@@ -24,6 +24,7 @@ mod http;
 mod live;
 mod metadata;
 mod metrics;
+mod plug;
 mod sockets;
 
 use std::{
@@ -68,6 +69,8 @@ enum Event {
     Call(Box<Request>, mpsc::SyncSender<Result<Reply, Fault>>),
     Ended(Ending),
     Incident(Incident, u64),
+    /// The guest has given back what was in a PCI slot.
+    Ejected(u8),
 }
 
 /// Where events for a controller are put. Cheap to clone, usable from any thread.
@@ -86,6 +89,11 @@ impl Handle {
     /// Reports an incident, and how many like it were not reported.
     fn happened(&self, incident: Incident, untold: u64) {
         let _ = self.put(Event::Incident(incident, untold));
+    }
+
+    /// Reports that the guest has emptied a PCI slot.
+    pub fn ejected(&self, slot: u8) {
+        let _ = self.put(Event::Ejected(slot));
     }
 
     fn put(&self, event: Event) -> Result<(), Fault> {
@@ -162,6 +170,8 @@ pub struct Controller {
     serving: bool,
     /// Clients of `POST /vm/wait` and `PUT /vm/shutdown`.
     waiting: Vec<crate::server::Ticket>,
+    /// Devices that the guest was asked for.
+    removals: plug::Removals,
     /// When a machine that was asked to shut down is ended.
     deadline: Option<Instant>,
     /// When a machine that was started has settled.
@@ -195,6 +205,7 @@ impl Controller {
             unannounced: Vec::new(),
             serving: false,
             waiting: Vec::new(),
+            removals: plug::Removals::default(),
             deadline: None,
             settled: None,
             mailbox: Mailbox::new()?,
@@ -229,6 +240,7 @@ impl Controller {
                         let (kind, details) = events::incident(&incident, untold);
                         self.announce(kind, details);
                     }
+                    Event::Ejected(slot) => self.slot_emptied(slot),
                     Event::Call(request, reply) => {
                         let _ = reply.send(self.obey(*request));
                     }
@@ -236,6 +248,7 @@ impl Controller {
             }
             self.serve()?;
             self.report_when_due();
+            self.attend_removals();
             if self.settled.is_some_and(|settled| settled <= Instant::now()) {
                 self.settled = None;
                 crate::footprint::give_back_program_text();
@@ -276,6 +289,7 @@ impl Controller {
         self.report();
         let end = serde_json::json!({ "reason": ending.reason(), "exit_code": ending.exit_code() });
         self.announce("Ended", end.clone());
+        self.abandon_removals();
         if let Some(server) = &mut self.server {
             let response = api::http::Response::value(&end);
             for ticket in self.waiting.drain(..) {
@@ -291,7 +305,10 @@ impl Controller {
         let watch = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let server = self.server.as_ref().map_or(-1, Server::as_raw_fd);
         let mut fds = [watch(self.mailbox.bell.as_raw_fd()), watch(self.signals.as_raw_fd()), watch(server)];
-        let next = [self.deadline, self.settled, self.metrics.due()].into_iter().flatten().min();
+        let next = [self.deadline, self.settled, self.metrics.due(), self.removals.due()]
+            .into_iter()
+            .flatten()
+            .min();
         let left = next.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         // Rounded up, so that the deadline has passed when the wait is over.
         let timeout = left.map_or(-1, |left| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX));
@@ -326,6 +343,7 @@ impl Controller {
             Request::PatchMmds(data) => self.patch_metadata(data).map(|()| Reply::Done),
             Request::Start => self.launch().map(|()| Reply::Done),
             Request::Stop => Ok(Reply::Done),
+            other if self.live.is_some() && plug::concerns(&other) => self.change_devices(&other, gift),
             other => match &mut self.live {
                 Some(live) => live.change(&mut self.spec, other, before),
                 None => {
@@ -368,11 +386,13 @@ impl Controller {
         let mmds = self.configured_service()?;
         let report = self.mailbox.handle.clone();
         let witness = self.mailbox.handle.clone();
+        let ejected = self.mailbox.handle.clone();
         let plan = build::Plan {
             spec: &self.spec,
             milestones: Arc::clone(&self.milestones),
             ended: Arc::new(move |ending| report.ended(ending)),
             faults: Faults::new(Box::new(move |incident, untold| witness.happened(incident, untold))),
+            ejected: Arc::new(move |slot| ejected.ejected(slot)),
             keyboard: self.settings.keyboard,
             boot_timer: self.settings.boot_timer,
             mmds,
@@ -415,7 +435,6 @@ fn verb(request: &Request) -> Verb {
         | Request::PutMachineConfig(_)
         | Request::PutCpuConfig(_)
         | Request::PutVsock(_)
-        | Request::PutEntropy(_)
         | Request::PutSerial(_)
         | Request::PutBalloon(_)
         | Request::PutMemoryHotplug(_)
@@ -426,7 +445,8 @@ fn verb(request: &Request) -> Verb {
         Request::PatchMachineConfig(_)
         | Request::PutDrive(_)
         | Request::PutPmem(_)
-        | Request::PutNetworkInterface(_) => Verb::Look,
+        | Request::PutNetworkInterface(_)
+        | Request::PutEntropy(_) => Verb::Look,
         Request::BalloonStatistics
         | Request::HintingStatus
         | Request::MemoryHotplug
@@ -438,6 +458,7 @@ fn verb(request: &Request) -> Verb {
         | Request::DeletePmem(_)
         | Request::PatchNetworkInterface(_)
         | Request::DeleteNetworkInterface(_)
+        | Request::DeleteEntropy
         | Request::PatchBalloon(_)
         | Request::PatchBalloonStatistics(_)
         | Request::StartHinting(_)

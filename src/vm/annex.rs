@@ -7,16 +7,18 @@
 //!
 //! Both lie behind all RAM and in no firmware table: their virtio devices tell the guest where.
 //! The pluggable region is part of [`Memory`], because disks and cards read and write there; its
-//! KVM slots exist only while something in them is plugged. Persistent memory is a KVM slot that
-//! never changes and no part of [`Memory`].
+//! KVM slots exist only while something in them is plugged. Persistent memory is a KVM slot of its
+//! own and no part of [`Memory`]. What comes while the machine runs lies behind all that it started
+//! with, in the first gap that is long enough.
 
-use std::{io, sync::Arc};
+use std::{io, ops::Range, sync::Arc};
 
-use api::spec::{HugePages, Spec};
+use api::spec::{self, HugePages, Spec};
 use arch::layout;
 use devices::{
     Memory,
     virtio::{
+        VirtioDevice,
         mem::{self, Mem, MemConfig, Region, Slot, Slots},
         pmem::{self, Backing, Pmem, PmemConfig},
     },
@@ -33,11 +35,63 @@ use super::{
 
 const MIB: u64 = 1 << 20;
 
+/// A file in the guest's memory.
+struct Mapped {
+    id: String,
+    backing: Arc<Backing>,
+    start: u64,
+    /// Its slot in KVM.
+    slot: u32,
+}
+
+impl Mapped {
+    /// Makes KVM's slot, or takes it away with a length of 0.
+    fn set(&self, vm: &VmFd, len: u64) -> Result<(), MemoryError> {
+        let region = kvm_userspace_memory_region {
+            slot: self.slot,
+            guest_phys_addr: self.start,
+            memory_size: len,
+            userspace_addr: self.backing.host_address() as u64,
+            flags: if self.backing.read_only() { KVM_MEM_READONLY } else { 0 },
+        };
+        // SAFETY: the mapping is this long and lives as long as the backing, which is kept here
+        // until the slot is taken away or the process ends; no two files share an address.
+        unsafe { vm.set_user_memory_region(region) }.map_err(|source| MemoryError::Slot {
+            mib: self.backing.len() / MIB,
+            base: self.start,
+            source,
+        })
+    }
+
+    fn device(&self, pmem: &spec::Pmem) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        let config = PmemConfig {
+            id: pmem.id.clone(),
+            path: pmem.path_on_host.clone(),
+            read_only: pmem.read_only,
+            limiter: limiter(pmem.rate_limiter.as_ref()),
+        };
+        let device = Pmem::new(&config, Arc::clone(&self.backing), self.start);
+        Ok(Box::new(device.map_err(named(format!("Pmem {:?}", pmem.id)))?))
+    }
+}
+
+fn open(pmem: &spec::Pmem) -> Result<Arc<Backing>, BuildError> {
+    let opened = Backing::open(&pmem.path_on_host, pmem.read_only);
+    Ok(Arc::new(opened.map_err(named(format!("Pmem {:?}", pmem.id)))?))
+}
+
 /// What a machine has besides its RAM.
-#[derive(Default)]
 pub struct Annex {
-    files: Vec<(Arc<Backing>, u64)>,
+    files: Vec<Mapped>,
     pluggable: Option<(MemConfig, Arc<Region>)>,
+    /// The first address behind all that the machine starts with.
+    end: u64,
+    /// Width of the guest's physical addresses; known when its processors are.
+    pub(super) physical_bits: u8,
+    /// The first of KVM's slots for the pluggable region.
+    pluggable_slot: u32,
+    /// The first of KVM's slots behind all that the machine starts with.
+    end_slot: u32,
 }
 
 impl Annex {
@@ -65,13 +119,12 @@ impl Annex {
         }
         let mut files = Vec::new();
         for pmem in &spec.pmem {
-            let opened = Backing::open(&pmem.path_on_host, pmem.read_only);
-            let backing = opened.map_err(named(format!("Pmem {:?}", pmem.id)))?;
+            let backing = open(pmem)?;
             let start = next.next_multiple_of(pmem::ALIGNMENT);
             next = start.checked_add(backing.len()).ok_or_else(full)?;
-            files.push((Arc::new(backing), start));
+            files.push(Mapped { id: pmem.id.clone(), backing, start, slot: 0 });
         }
-        Ok(Annex { files, pluggable })
+        Ok(Annex { files, pluggable, end: next, physical_bits: 0, pluggable_slot: 0, end_slot: 0 })
     }
 
     /// `memory` with the pluggable region at its end.
@@ -81,58 +134,78 @@ impl Annex {
         memory.insert_region(Arc::new(region)).map_err(|_| MemoryError::Regions)
     }
 
-    /// Gives the files to KVM, as slots from number `first` on, and returns the next number.
-    pub fn register(&self, vm: &VmFd, first: u32) -> Result<u32, MemoryError> {
-        let mut slot = first;
-        for (backing, start) in &self.files {
-            let region = kvm_userspace_memory_region {
-                slot,
-                guest_phys_addr: *start,
-                memory_size: backing.len(),
-                userspace_addr: backing.host_address() as u64,
-                flags: if backing.read_only() { KVM_MEM_READONLY } else { 0 },
-            };
-            // SAFETY: the mapping is this long and lives as long as the backing, which the
-            // device and this machine keep until the process ends; addresses were taken one
-            // behind the other.
-            unsafe { vm.set_user_memory_region(region) }.map_err(|source| MemoryError::Slot {
-                mib: backing.len() / MIB,
-                base: *start,
-                source,
-            })?;
-            slot += 1;
+    /// Gives the files to KVM, as slots from number `first` on. Pluggable memory and what comes
+    /// later take the numbers behind.
+    pub fn register(&mut self, vm: &VmFd, first: u32) -> Result<(), MemoryError> {
+        self.pluggable_slot = first;
+        for file in &mut self.files {
+            file.slot = self.pluggable_slot;
+            file.set(vm, file.backing.len())?;
+            self.pluggable_slot += 1;
         }
-        Ok(slot)
+        let slots = self.pluggable.as_ref().map_or(0, |(config, _)| config.total / config.slot_size);
+        let slots = u32::try_from(slots).map_err(|_| MemoryError::Regions)?;
+        self.end_slot = self.pluggable_slot.checked_add(slots).ok_or(MemoryError::Regions)?;
+        Ok(())
     }
 
-    /// Puts the devices into `places`. Pluggable memory takes KVM's slots from number `first` on.
-    pub fn attach(
-        &self,
-        spec: &Spec,
-        host: &Arc<KvmHost>,
-        first: u32,
-        places: &mut Places,
-    ) -> Result<(), BuildError> {
-        for (pmem, (backing, start)) in spec.pmem.iter().zip(&self.files) {
-            let config = PmemConfig {
-                id: pmem.id.clone(),
-                path: pmem.path_on_host.clone(),
-                read_only: pmem.read_only,
-                limiter: limiter(pmem.rate_limiter.as_ref()),
-            };
-            let device = Pmem::new(&config, Arc::clone(backing), *start);
-            let device = device.map_err(named(format!("Pmem {:?}", pmem.id)))?;
-            places.attach(&pmem.id, Box::new(device))?;
+    /// Puts the devices into `places`.
+    pub fn attach(&self, spec: &Spec, host: &Arc<KvmHost>, places: &mut Places) -> Result<(), BuildError> {
+        for (pmem, file) in spec.pmem.iter().zip(&self.files) {
+            places.attach(&pmem.id, file.device(pmem)?)?;
         }
         let flags = if spec.machine_config.track_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         if let Some((config, region)) = &self.pluggable {
-            let slots = Arc::new(KvmSlots { host: Arc::clone(host), first, flags });
+            let slots = Arc::new(KvmSlots { host: Arc::clone(host), first: self.pluggable_slot, flags });
             let device = Mem::new(*config, Arc::clone(region), slots);
             let device = device.map_err(named("Pluggable memory".to_owned()))?;
             places.attach("memory", Box::new(device))?;
         }
         Ok(())
     }
+}
+
+impl Annex {
+    /// Maps one more file, and gives it to KVM, for a machine that was built. The caller finds
+    /// the device a place, or takes the file back by [`Annex::remove`].
+    pub fn add(&mut self, vm: &VmFd, pmem: &spec::Pmem) -> Result<Box<dyn VirtioDevice>, BuildError> {
+        let backing = open(pmem)?;
+        let len = backing.len();
+        let start = layout::mmio_window_64(self.end, self.physical_bits)
+            .and_then(|room| {
+                first_gap(room, self.files.iter().map(|f| f.start..f.start + f.backing.len()), len)
+            })
+            .ok_or(MemoryError::Full { mib: len / MIB })?;
+        let taken = |slot: &u32| self.files.iter().any(|file| file.slot == *slot);
+        let slot = (self.end_slot..).find(|slot| !taken(slot)).ok_or(MemoryError::Regions)?;
+        let file = Mapped { id: pmem.id.clone(), backing, start, slot };
+        let device = file.device(pmem)?;
+        file.set(vm, len)?;
+        self.files.push(file);
+        Ok(device)
+    }
+
+    /// Takes the file of `id`, if there is one, from KVM.
+    pub fn remove(&mut self, vm: &VmFd, id: &str) -> Result<(), MemoryError> {
+        let Some(at) = self.files.iter().position(|file| file.id == id) else { return Ok(()) };
+        self.files[at].set(vm, 0)?;
+        self.files.remove(at);
+        Ok(())
+    }
+}
+
+/// The lowest address in `room` from which `len` bytes meet none of the `taken` ranges.
+fn first_gap(room: Range<u64>, taken: impl Iterator<Item = Range<u64>>, len: u64) -> Option<u64> {
+    let mut taken: Vec<_> = taken.collect();
+    taken.sort_by_key(|range| range.start);
+    let mut start = room.start;
+    for range in taken {
+        if start.checked_add(len)? <= range.start {
+            break;
+        }
+        start = start.max(range.end);
+    }
+    (start.checked_add(len)? <= room.end).then_some(start)
 }
 
 /// KVM's memory slots for the pluggable region (KVM API section 4.35).
@@ -164,5 +237,21 @@ impl Slots for KvmSlots {
 
     fn unplug(&self, slot: &Slot) -> io::Result<()> {
         self.set(slot, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_gap_that_is_long_enough_is_taken() {
+        let gap = |taken: &[Range<u64>], len| first_gap(100..200, taken.iter().cloned(), len);
+        assert_eq!(gap(&[], 100), Some(100));
+        assert_eq!(gap(&[], 101), None);
+        // Neither order nor what lies before the room matters.
+        let taken = [150..160, 20..110, 120..140];
+        assert_eq!((gap(&taken, 10), gap(&taken, 11), gap(&taken, 41)), (Some(110), Some(160), None));
+        assert_eq!(gap(&taken, u64::MAX), None);
     }
 }

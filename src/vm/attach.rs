@@ -4,15 +4,21 @@
 //! functions get a slot, a BAR in the second window, and messages. Which of the two is chosen
 //! once for a machine. The tables the guest reads (ACPI) are made from the same record, so
 //! they cannot disagree with what is there.
+//!
+//! PCI slots can be filled and emptied while the machine runs ([`Places::insert`]); `plug.rs` says
+//! how a device comes to that. Memory-mapped devices are in tables that a guest reads once.
 
-use std::{ops::Range, sync::Arc};
+use std::{mem, ops::Range, sync::Arc};
 
 use arch::{acpi, layout};
 use devices::{
     Memory,
     bus::{Bus, BusError},
     host::Host,
-    pci::root::{Root, SLOTS, SlotError},
+    pci::{
+        hotplug::Hotplug,
+        root::{SLOTS, SlotError},
+    },
     virtio::{
         DeviceError, VirtioDevice,
         core::Transport,
@@ -37,6 +43,12 @@ pub enum AttachError {
         /// On which bus.
         bus: &'static str,
     },
+    /// There are no slots that can be filled.
+    #[error(
+        "PCI is not enabled, and only PCI has slots to add and remove devices while the machine runs; \
+         start the monitor with --enable-pci"
+    )]
+    Fixed,
     /// The transport could not be made.
     #[error("Device {name:?} cannot be attached")]
     Transport {
@@ -74,7 +86,7 @@ pub struct Places {
     worker: Worker,
     lines: Range<u32>,
     pages: Vec<acpi::VirtioMmio>,
-    pci: Option<Arc<Root>>,
+    pci: Option<Arc<Hotplug>>,
     devices: Vec<(String, Arc<dyn Transport>)>,
     faults: Arc<Faults>,
 }
@@ -86,7 +98,7 @@ impl Places {
         memory: Memory,
         host: Arc<dyn Host>,
         mmio: Arc<Bus>,
-        pci: Option<Arc<Root>>,
+        pci: Option<Arc<Hotplug>>,
         faults: Arc<Faults>,
     ) -> Places {
         Places {
@@ -110,7 +122,7 @@ impl Places {
     /// Attaches `device` under `name` in the next free place.
     pub fn attach(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<(), AttachError> {
         let transport = match self.pci.clone() {
-            Some(root) => self.attach_pci(name, device, &root)?,
+            Some(pci) => self.attach_pci(name, device, &pci)?,
             None => self.attach_mmio(name, device)?,
         };
         transport.watch(self.faults.witness(name, transport.about().kind));
@@ -148,14 +160,47 @@ impl Places {
         &mut self,
         name: &str,
         device: Box<dyn VirtioDevice>,
-        root: &Root,
+        pci: &Hotplug,
     ) -> Result<Arc<dyn Transport>, AttachError> {
-        let room = usize::from(SLOTS) - 1;
-        let full = || AttachError::Full { name: name.to_owned(), room, bus: "PCI bus 0" };
-        let slot = root.free_slot().ok_or_else(full)?;
+        let slot = free_slot(name, pci)?;
         let bar = layout::PCI_WINDOW_32.start + BAR_LENGTH * u64::from(slot);
+        let transport = self.function(name, device, slot, Some(bar))?;
+        pci.root()
+            .add(slot, transport.clone())
+            .map_err(|source| AttachError::Slot { name: name.to_owned(), source })?;
+        Ok(transport)
+    }
+
+    /// Puts `device` into a PCI slot of a machine that runs. The guest gives it its addresses
+    /// when it is told to look, which is up to the caller.
+    pub fn insert(
+        &self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<Arc<dyn Transport>, AttachError> {
+        let pci = self.hotplug()?;
+        let slot = free_slot(name, pci)?;
+        let transport = self.function(name, device, slot, None)?;
+        transport.watch(self.faults.witness(name, transport.about().kind));
+        pci.insert(slot, transport.clone())
+            .map_err(|source| AttachError::Slot { name: name.to_owned(), source })?;
+        Ok(transport)
+    }
+
+    /// The registers through which slots are filled and emptied.
+    pub fn hotplug(&self) -> Result<&Hotplug, AttachError> {
+        self.pci.as_deref().ok_or(AttachError::Fixed)
+    }
+
+    fn function(
+        &self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        slot: u8,
+        bar: Option<u64>,
+    ) -> Result<Arc<PciTransport>, AttachError> {
         let fail = |source| AttachError::Transport { name: name.to_owned(), source };
-        let transport = PciTransport::new(
+        PciTransport::new(
             device,
             self.memory.clone(),
             self.worker.clone(),
@@ -164,10 +209,7 @@ impl Places {
             slot,
             bar,
         )
-        .map_err(fail)?;
-        root.add(slot, transport.clone())
-            .map_err(|source| AttachError::Slot { name: name.to_owned(), source })?;
-        Ok(transport)
+        .map_err(fail)
     }
 
     /// What the guest's tables say about memory-mapped devices.
@@ -175,8 +217,13 @@ impl Places {
         &self.pages
     }
 
-    /// The devices, by name, in the order the guest finds them.
-    pub fn into_devices(self) -> Vec<(String, Arc<dyn Transport>)> {
-        self.devices
+    /// Hands over the devices, by name, in the order the guest finds them.
+    pub fn take_devices(&mut self) -> Vec<(String, Arc<dyn Transport>)> {
+        mem::take(&mut self.devices)
     }
+}
+
+fn free_slot(name: &str, pci: &Hotplug) -> Result<u8, AttachError> {
+    let room = usize::from(SLOTS) - 1;
+    pci.root().free_slot().ok_or_else(|| AttachError::Full { name: name.to_owned(), room, bus: "PCI bus 0" })
 }

@@ -23,7 +23,10 @@ use devices::{
     },
     limiter::{BucketConfig, LimiterConfig},
     mmds::Mmds,
-    pci::root::Root,
+    pci::{
+        hotplug::{self, Hotplug},
+        root::{self, Root},
+    },
     virtio::{VirtioDevice, balloon, block, net, rng, vsock},
 };
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
@@ -57,6 +60,8 @@ pub struct Plan<'a> {
     pub ended: Arc<dyn Fn(Ending) + Send + Sync>,
     /// Told of trouble of devices and crashes of the guest.
     pub faults: Arc<Faults>,
+    /// Called, from any thread, when the guest has given back what was in a PCI slot.
+    pub ejected: hotplug::Ejected,
     /// Show a keyboard controller, so that Ctrl+Alt+Del can be pressed. A guest spends some
     /// thirty exits on finding it, so it is there only where somebody can press.
     pub keyboard: bool,
@@ -120,6 +125,7 @@ impl BuildError {
                 FaultKind::Internal
             }
             BuildError::Kvm(_) => FaultKind::Unsupported,
+            BuildError::Attach(error) => error.kind(),
             _ => FaultKind::Invalid,
         }
     }
@@ -135,38 +141,39 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let config = &spec.machine_config;
     // The files come first: a missing one is the likeliest mistake and the cheapest to find.
     let files = Files::open(spec)?;
-    let annex = Annex::open(spec)?;
+    let mut annex = Annex::open(spec)?;
     let template = cpu::template(spec).map_err(processors)?;
     let kvm = kvm::open_for(&template)?;
     let vm = kvm::create_vm(&kvm)?;
     let ram = memory::map(config)?;
     let slots = memory::register(&vm, &ram, config.track_dirty_pages)?;
-    let slots = annex.register(&vm, slots)?;
+    annex.register(&vm, slots)?;
     let memory = annex.joined_to(ram.clone(), config.track_dirty_pages)?;
     irqchip::create(&vm).map_err(processors)?;
     let fds = (0..u64::from(config.vcpu_count))
         .map(|index| vm.create_vcpu(index).map_err(kvm::call("create a vCPU")))
         .collect::<Result<Vec<_>, _>>()?;
     let cpuid = cpuid_of(&kvm, config, fds.first(), &template)?;
+    annex.physical_bits = cpuid.physical_bits();
     let shape = StateShape::new(&kvm, &vm, false).map_err(processors)?;
     let shape = Arc::new(shape.with_msrs(&template.msr_indices()));
     let host = Arc::new(KvmHost::new(vm));
 
     let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-    let root = (config.transport == spec::Transport::Pci).then(|| Arc::new(Root::new()));
-    if let Some(root) = &root {
-        mmio.insert(layout::ECAM.start, layout::ECAM_BUS, root.clone())?;
-    }
+    let pci = match config.transport {
+        spec::Transport::Mmio => None,
+        spec::Transport::Pci => Some(pci_bus(plan, &mmio, &ports)?),
+    };
     if plan.boot_timer {
         let timer = Arc::new(BootTimer::new(Arc::clone(&plan.milestones)));
         mmio.insert(layout::MMIO_WINDOW.start, boot_timer::LENGTH, timer)?;
     }
     let mut places =
-        Places::new(memory.clone(), host.clone(), mmio.clone(), root.clone(), plan.faults.clone());
+        Places::new(memory.clone(), host.clone(), mmio.clone(), pci.clone(), plan.faults.clone());
     let platform = Platform::build(plan, &host, &ports, &mut places)?;
     let (serial, consoles) = Consoles::open(spec, &*host, &ports, &mut places)?;
     attach_devices(plan, &mut places)?;
-    annex.attach(spec, &host, slots, &mut places)?;
+    annex.attach(spec, &host, &mut places)?;
 
     let sleep = acpi::Sleep { control: port(power::SLEEP_CONTROL), status: port(power::SLEEP_STATUS) };
     let events = acpi::Events { line: platform.line, status: port(power::EVENT_STATUS) };
@@ -176,7 +183,7 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
             vcpus: config.vcpu_count,
             serial: &serial,
             virtio_mmio: places.pages(),
-            pci: root.is_some().then(pci_host),
+            pci: pci.is_some().then(pci_host),
             reset: Some((port(power::RESET), power::RESET_VALUE)),
             sleep: Some(sleep),
             events: Some(events),
@@ -206,14 +213,17 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     Ok(Vm {
         vcpus: Vcpus::spawn(fds, &buses, &plan.ended)?,
         shape,
-        devices: places.into_devices(),
+        devices: places.take_devices(),
+        places,
+        severed: Vec::new(),
+        annex,
         power: platform.power,
         keyboard: platform.keyboard,
         pvpanic: platform.pvpanic,
         milestones: Arc::clone(&plan.milestones),
         ram,
         consoles,
-        _host: host,
+        host,
     })
 }
 
@@ -298,23 +308,24 @@ impl Platform {
     }
 }
 
+/// An empty PCI bus, and the registers through which its slots are filled and emptied later.
+fn pci_bus(plan: &Plan<'_>, mmio: &Bus, ports: &Bus) -> Result<Arc<Hotplug>, BusError> {
+    let root = Arc::new(Root::new());
+    mmio.insert(layout::ECAM.start, layout::ECAM_BUS, root.clone())?;
+    let pci = Arc::new(Hotplug::new(root, Arc::clone(&plan.ejected)));
+    ports.insert(hotplug::BASE.into(), hotplug::LEN.into(), pci.clone())?;
+    Ok(pci)
+}
+
 fn attach_devices(plan: &Plan<'_>, places: &mut Places) -> Result<(), BuildError> {
     let spec = plan.spec;
     // The root device is the first disk, because the command line calls it /dev/vda.
     let (roots, others): (Vec<_>, Vec<_>) = spec.drives.iter().partition(|d| d.is_root_device);
     for drive in roots.into_iter().chain(others) {
-        places.attach(&drive.drive_id, Box::new(disk(drive, plan.handed)?))?;
+        places.attach(&drive.drive_id, disk(drive, plan.handed)?)?;
     }
     for interface in &spec.network_interfaces {
-        let what = format!("Network interface {:?}", interface.iface_id);
-        let config = net_config(interface, plan.handed)
-            .map_err(|source| BuildError::Device { what: what.clone(), source })?;
-        let mut card = net::Net::new(config).map_err(named(what.clone()))?;
-        let named_there = |mmds: &&Arc<Mmds>| mmds.config().interfaces.contains(&interface.iface_id);
-        if let Some(mmds) = plan.mmds.as_ref().filter(named_there) {
-            card.connect_mmds(Arc::clone(mmds)).map_err(named(what))?;
-        }
-        places.attach(&interface.iface_id, Box::new(card))?;
+        places.attach(&interface.iface_id, card(interface, plan.mmds.as_ref(), plan.handed)?)?;
     }
     if let Some(vsock) = &spec.vsock {
         let config = vsock::VsockConfig { guest_cid: vsock.guest_cid, uds_path: vsock.uds_path.clone() };
@@ -334,10 +345,31 @@ fn attach_devices(plan: &Plan<'_>, places: &mut Places) -> Result<(), BuildError
         places.attach("balloon", Box::new(device))?;
     }
     if let Some(entropy) = &spec.entropy {
-        let device = rng::Rng::limited(limiter(entropy.rate_limiter.as_ref()));
-        places.attach("entropy", Box::new(device) as Box<dyn VirtioDevice>)?;
+        places.attach("entropy", generator(entropy))?;
     }
     Ok(())
+}
+
+/// A network card on its tap, and on the metadata service where that names it.
+pub(super) fn card(
+    interface: &spec::NetworkInterface,
+    mmds: Option<&Arc<Mmds>>,
+    handed: &Handed,
+) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    let what = format!("Network interface {:?}", interface.iface_id);
+    let config =
+        net_config(interface, handed).map_err(|source| BuildError::Device { what: what.clone(), source })?;
+    let mut card = net::Net::new(config).map_err(named(what.clone()))?;
+    let named_there = |mmds: &&Arc<Mmds>| mmds.config().interfaces.contains(&interface.iface_id);
+    if let Some(mmds) = mmds.filter(named_there) {
+        card.connect_mmds(Arc::clone(mmds)).map_err(named(what))?;
+    }
+    Ok(Box::new(card))
+}
+
+/// An entropy device.
+pub(super) fn generator(entropy: &spec::Entropy) -> Box<dyn VirtioDevice> {
+    Box::new(rng::Rng::limited(limiter(entropy.rate_limiter.as_ref())))
 }
 
 /// An error of a part, with the part's name.
@@ -379,6 +411,7 @@ fn pci_host() -> acpi::PciHost {
         last_bus: 0,
         window_32: window.start as u32..window.end as u32,
         window_64: None,
+        hotplug: Some(acpi::PciHotplug { port: hotplug::BASE, slots: root::SLOTS }),
     }
 }
 
@@ -386,16 +419,20 @@ fn pci_host() -> acpi::PciHost {
 const _: () = assert!(acpi::POWER_OFF_VALUE >> 2 & 7 == power::S5_TYPE);
 const _: () = assert!(acpi::event::POWER_BUTTON as u32 == power::EVENT_POWER_BUTTON);
 const _: () = assert!(acpi::event::GENERATION as u32 == power::EVENT_GENERATION);
+const _: () = assert!(acpi::event::PCI as u32 == power::EVENT_PCI);
+const _: () = assert!(hotplug::INSERTED == 0 && hotplug::WANTED == 4 && hotplug::EJECT == 8);
 
 /// A disk, from its file's path or from the file that came for it.
-fn disk(drive: &spec::Drive, handed: &Handed) -> Result<block::Block, BuildError> {
+pub(super) fn disk(drive: &spec::Drive, handed: &Handed) -> Result<Box<dyn VirtioDevice>, BuildError> {
     let what = format!("Drive {:?}", drive.drive_id);
     let config = block_config(drive);
-    if !drive.by_descriptor {
-        return block::Block::new(config).map_err(named(what));
-    }
-    let (file, path) = handed.disk(drive).map_err(named(what.clone()))?;
-    block::Block::with_file(block::BlockConfig { path, ..config }, file).map_err(named(what))
+    let disk = if drive.by_descriptor {
+        let (file, path) = handed.disk(drive).map_err(named(what.clone()))?;
+        block::Block::with_file(block::BlockConfig { path, ..config }, file)
+    } else {
+        block::Block::new(config)
+    };
+    Ok(Box::new(disk.map_err(named(what))?))
 }
 
 fn block_config(drive: &spec::Drive) -> block::BlockConfig {

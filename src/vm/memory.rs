@@ -41,6 +41,12 @@ pub enum MemoryError {
     /// The regions do not fit each other.
     #[error("Guest memory regions do not fit together")]
     Regions,
+    /// The guest's processors can address no more.
+    #[error("No room is left in the guest's address space for {mib} MiB of persistent memory")]
+    Full {
+        /// MiB asked for.
+        mib: u64,
+    },
     /// Touching the memory beforehand failed.
     #[error("Cannot populate guest memory; without prefault it is taken as the guest needs it")]
     Populate(#[source] io::Error),

@@ -3,6 +3,7 @@
 //! ```text
 //!   Spec ──► build.rs ──► Vm { memory.rs, vCPU threads, attach.rs: buses and transports }
 //!                               ▲ kvm.rs, host.rs: doorbells, lines, messages by KVM
+//!                plug.rs: devices that come and go later
 //! ```
 //!
 //! Order of creation, and why: the VM, then its memory slots, and only then the in-kernel
@@ -26,6 +27,7 @@ pub mod handed;
 pub mod host;
 pub mod kvm;
 pub mod memory;
+pub mod plug;
 
 use std::{path::Path, sync::Arc};
 
@@ -142,7 +144,13 @@ pub struct Vm {
     /// What the machine booted with; kept mapped until the process ends.
     pub(crate) ram: Memory,
     pub(crate) consoles: console::Consoles,
-    pub(crate) _host: Arc<host::KvmHost>,
+    /// Where devices can still be put.
+    pub(crate) places: attach::Places,
+    /// PCI slots with what is left of devices that were taken by force.
+    pub(crate) severed: Vec<u8>,
+    /// Memory besides the RAM.
+    pub(crate) annex: annex::Annex,
+    pub(crate) host: Arc<host::KvmHost>,
 }
 
 impl Vm {

@@ -6,6 +6,7 @@
 //!   0x3f8..0x3ff  serial       serial.rs   ttyS0: early messages, a console without drivers
 //!   0x505         panic        pvpanic.rs  the guest's kernel says that it crashed, if asked for
 //!   0x600..0x60f  power        power.rs    ACPI: sleep (off), reset, power button
+//!   0x640..0x64f  PCI hotplug  (../pci/hotplug.rs) ACPI: slots filled and wanted back
 //! ```
 //!
 //! The serial port and the virtio console talk to the host through one mechanism: a

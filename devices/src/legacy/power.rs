@@ -52,6 +52,8 @@ pub const EVENT_PROCESSORS: u32 = 1 << 1;
 pub const EVENT_MEMORY: u32 = 1 << 2;
 /// Event bit: the machine was restored and has a new generation id.
 pub const EVENT_GENERATION: u32 = 1 << 3;
+/// Event bit: PCI devices came or are to go.
+pub const EVENT_PCI: u32 = 1 << 4;
 
 const SLP_EN: u8 = 1 << 5;
 const SLP_TYPE_SHIFT: u8 = 2;

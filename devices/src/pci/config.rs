@@ -60,13 +60,16 @@ impl Config {
         config
     }
 
-    /// Makes BARs 0 and 1 one 64-bit memory BAR of `size` bytes (a power of two, at least 16)
-    /// at `address`, which is a multiple of it, and turns memory decode on.
-    pub fn set_bar(&mut self, size: u64, address: u64) {
-        self.put(BAR0, &(address | BAR_64_BIT).to_le_bytes());
+    /// Makes BARs 0 and 1 one 64-bit memory BAR of `size` bytes (a power of two, at least 16).
+    /// With an `address`, a multiple of it, the BAR lies there and memory decode is on; without,
+    /// both are left to software.
+    pub fn set_bar(&mut self, size: u64, address: Option<u64>) {
+        self.put(BAR0, &(address.unwrap_or(0) | BAR_64_BIT).to_le_bytes());
         self.allow(BAR0, &(!(size - 1) & !15).to_le_bytes());
-        let command = self.word(COMMAND) | COMMAND_MEMORY;
-        self.put(COMMAND, &command.to_le_bytes());
+        if address.is_some() {
+            let command = self.word(COMMAND) | COMMAND_MEMORY;
+            self.put(COMMAND, &command.to_le_bytes());
+        }
     }
 
     /// Where the memory BAR is decoded; `None` while decode is off or the address is 0.
@@ -148,7 +151,7 @@ mod tests {
     fn config() -> Config {
         let identity = Identity { vendor: 0x1af4, device: 0x1041, class: 0x02_0000, revision: 1 };
         let mut config = Config::new(identity);
-        config.set_bar(0x8000, 0x1_c100_0000);
+        config.set_bar(0x8000, Some(0x1_c100_0000));
         config
     }
 

@@ -47,7 +47,7 @@ use crate::{
     host::Host,
     state::Section,
     trouble::{Trouble, Witness},
-    virtio::{Active, Change, DeviceError, Interrupt, Report, VirtioDevice, queue::Queue},
+    virtio::{Active, Change, DeviceError, Interrupt, Report, VirtioDevice, queue::Queue, severed::Severed},
     worker::Worker,
 };
 
@@ -176,6 +176,12 @@ pub trait Transport: Send + Sync {
 
     /// Makes a live change to the device.
     fn update(&self, change: &Change) -> Result<(), DeviceError>;
+
+    /// Whether a driver of the guest holds the device: it wrote a status and did not reset it.
+    fn driven(&self) -> bool;
+
+    /// Takes away all that is behind the registers. They go on answering, and nothing is served.
+    fn sever(&self);
 
     /// Counters of device and transport, by name.
     fn counters(&self) -> Vec<(&'static str, u64)>;
@@ -388,6 +394,16 @@ impl Core {
     /// Makes a live change.
     pub fn update(&mut self, change: &Change) -> Result<(), DeviceError> {
         self.device.update(change)
+    }
+
+    /// Stops the device, drops it and tells the driver. What is left answers as before and serves
+    /// nothing.
+    pub fn sever(&mut self) {
+        if let Err(error) = self.stop() {
+            log::error!("A {} that is taken from its guest does not stop: {error}", self.kind());
+        }
+        self.device = Box::new(Severed::instead_of(&*self.device));
+        self.interrupt.needs_reset();
     }
 
     /// The device's counters and those that every device has.

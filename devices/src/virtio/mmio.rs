@@ -204,6 +204,12 @@ impl Transport for MmioTransport {
     fn update(&self, change: &Change) -> Result<(), DeviceError> {
         self.core().update(change)
     }
+    fn driven(&self) -> bool {
+        self.core().status() != 0
+    }
+    fn sever(&self) {
+        self.core().sever();
+    }
     fn counters(&self) -> Vec<(&'static str, u64)> {
         self.core().counters()
     }

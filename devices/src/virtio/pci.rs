@@ -15,7 +15,8 @@
 //! so that each could be mapped by itself. Each queue has its own doorbell address, so the
 //! machine needs no match on the value written.
 //!
-//! The BAR has its address and is decoded before the guest runs. A guest that moves it, or
+//! The BAR of a device that the machine starts with has its address and is decoded before the
+//! guest runs; to one that comes later the guest gives an address. A guest that moves it, or
 //! turns decode off, moves the bus range and the doorbells; a running device is stopped for
 //! that moment. A place that is taken leaves the BAR undecoded.
 //!
@@ -103,8 +104,8 @@ struct Front {
 
 impl PciTransport {
     /// Makes a function for `slot` of the root bus with its BAR decoded at `bar`, a multiple
-    /// of [`BAR_LENGTH`], on the memory bus. The caller adds it to the root bus. Fails when
-    /// the place is taken.
+    /// of [`BAR_LENGTH`], on the memory bus, or nowhere until the guest places it. The caller
+    /// adds it to the root bus. Fails when the place is taken.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Memory,
@@ -112,7 +113,7 @@ impl PciTransport {
         host: Arc<dyn Host>,
         bus: &Arc<Bus>,
         slot: u8,
-        bar: u64,
+        bar: Option<u64>,
     ) -> Result<Arc<PciTransport>, DeviceError> {
         let about = device.about().clone();
         let queues = u16::try_from(about.queues.len()).unwrap_or(u16::MAX);
@@ -135,22 +136,7 @@ impl PciTransport {
             own: own.clone(),
         });
         let placed = transport.place(&mut transport.front());
-        placed.map(|()| transport).map_err(|error| no_place(bar, error))
-    }
-
-    /// Stops the device and takes its BAR off the memory bus, for an unplug. The caller takes the function out of
-    /// the root bus and drops it.
-    pub fn unplug(&self) {
-        let mut front = self.front();
-        if let (Some(at), Some(bus)) = (front.placed.take(), self.bus.upgrade()) {
-            bus.remove(at);
-        }
-        // Somebody may hold this for a while yet: memory is left alone from now on.
-        let mut core = self.core();
-        if let Err(error) = core.pause() {
-            log::error!("A device that was unplugged from PCI slot {} does not stop: {error}", self.slot);
-        }
-        core.move_bells(None);
+        placed.map(|()| transport).map_err(|error| no_place(bar.unwrap_or(0), error))
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
@@ -259,14 +245,14 @@ fn no_place(bar: u64, source: BusError) -> DeviceError {
 }
 
 impl Front {
-    fn new(about: &About, msix: &Msix, bar: u64) -> Front {
+    fn new(about: &About, msix: &Msix, bar: Option<u64>) -> Front {
         let mut config = Config::new(Identity {
             vendor: VENDOR,
             device: FIRST_DEVICE.wrapping_add(about.device_id as u16),
             class: about.pci_class,
             revision: 1,
         });
-        config.set_bar(BAR_LENGTH, bar & !(BAR_LENGTH - 1));
+        config.set_bar(BAR_LENGTH, bar.map(|bar| bar & !(BAR_LENGTH - 1)));
         let mut add = |kind, offset: u64, length: u64, extra: &[u8], writable: &[u8]| {
             // Fields of `virtio_pci_cap` (section 4.1.4) behind id and link.
             let mut body = vec![16 + extra.len() as u8, kind, 0, 0, 0, 0];
@@ -367,6 +353,21 @@ impl Function for PciTransport {
             log::debug!("The guest moved the BAR of PCI slot {} to where it cannot be: {error}", self.slot);
         }
     }
+
+    fn unplug(&self) {
+        let mut front = self.front();
+        if let (Some(at), Some(bus)) = (front.placed.take(), self.bus.upgrade()) {
+            bus.remove(at);
+        }
+        // Somebody may hold this for a while yet: memory is left alone from now on, and the
+        // machine's owner may say "resume" to what has no driver any more.
+        let mut core = self.core();
+        if let Err(error) = core.pause() {
+            log::error!("A device that was unplugged from PCI slot {} does not stop: {error}", self.slot);
+        }
+        core.set_status(0);
+        core.move_bells(None);
+    }
 }
 
 impl Transport for PciTransport {
@@ -390,6 +391,12 @@ impl Transport for PciTransport {
     }
     fn update(&self, change: &Change) -> Result<(), DeviceError> {
         self.core().update(change)
+    }
+    fn driven(&self) -> bool {
+        self.core().status() != 0
+    }
+    fn sever(&self) {
+        self.core().sever();
     }
     fn counters(&self) -> Vec<(&'static str, u64)> {
         self.core().counters()

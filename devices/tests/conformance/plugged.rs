@@ -77,7 +77,7 @@ impl Plugged {
                 let root = Arc::new(Root::new());
                 bus.insert(ECAM, 1 << 20, root.clone()).unwrap();
                 let plug =
-                    PciTransport::new(device, memory, worker, bench.clone(), &bus, SLOT, BASE).unwrap();
+                    PciTransport::new(device, memory, worker, bench.clone(), &bus, SLOT, Some(BASE)).unwrap();
                 root.add(SLOT, plug.clone()).unwrap();
                 (plug, Box::new(PciFace::new(bus.clone(), FUNCTION, bench.clone())))
             }

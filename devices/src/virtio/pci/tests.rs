@@ -39,7 +39,7 @@ fn rig() -> Rig {
     let driver = Driver::new(memory(&[(0, 1 << 20)]), &[64]);
     let (memory, worker) = (driver.memory.clone(), Worker::new("pci-test"));
     let device = Box::new(Rng::new());
-    let transport = PciTransport::new(device, memory, worker, bench.clone(), &bus, SLOT, BAR).unwrap();
+    let transport = PciTransport::new(device, memory, worker, bench.clone(), &bus, SLOT, Some(BAR)).unwrap();
     root.add(SLOT, transport.clone()).unwrap();
     let face = PciFace::new(bus.clone(), ECAM + (u64::from(SLOT) << 15), bench.clone());
     Rig { bench, bus, transport, face, driver }
@@ -153,7 +153,7 @@ fn a_bar_on_top_of_another_device_is_not_decoded_there() {
             rig.bench.clone(),
             &rig.bus,
             4,
-            BAR
+            Some(BAR)
         ),
         Err(DeviceError::Host { .. })
     ));
@@ -234,7 +234,7 @@ fn a_saved_function_goes_on_in_another_machine_where_its_bar_was() {
     let bus = Arc::new(Bus::new());
     let (memory, worker) = (rig.driver.memory.clone(), Worker::new("restored"));
     let transport =
-        PciTransport::new(Box::new(Rng::new()), memory, worker, other.bench.clone(), &bus, SLOT, BAR);
+        PciTransport::new(Box::new(Rng::new()), memory, worker, other.bench.clone(), &bus, SLOT, Some(BAR));
     let transport = transport.unwrap();
     transport.restore(&saved).unwrap();
     let mut data = [0];
@@ -277,7 +277,51 @@ fn an_unplugged_device_leaves_nothing_behind() {
     let mut data = [0];
     rig.bus.read(BAR + 0x14, &mut data);
     assert_eq!(data, [0xff]);
-    drop(rig.transport);
+    // What is meant for all devices of a machine may still reach it.
+    rig.transport.resume().unwrap();
+    assert!(rig.bench.doorbells().is_empty() && !rig.transport.driven());
+}
+
+#[test]
+fn a_severed_device_answers_and_serves_nothing() {
+    let mut rig = rig();
+    rig.up();
+    rig.request();
+    rig.transport.sever();
+    assert_eq!(rig.face.status(), 0xf | status::NEEDS_RESET);
+    rig.face.set_status(0);
+    assert_eq!(rig.face.status(), 0, "a driver that waits for this would wait for ever");
+    rig.up();
+    rig.driver.rings[0].add(&[Buffer::writable(0x8_0000, 64)]);
+    rig.face.notify(0);
+    rig.transport.pause().unwrap();
+    rig.transport.resume().unwrap();
+    assert!(rig.driver.rings[0].take_used().is_none());
+    assert!(rig.transport.update(&Change::Backing(None)).unwrap_err().to_string().contains("taken away"));
+    rig.transport.unplug();
+}
+
+#[test]
+fn a_device_that_comes_later_is_placed_by_the_guest() {
+    let rig = rig();
+    let (memory, root) = (rig.driver.memory.clone(), Arc::new(Root::new()));
+    let device = Box::new(Rng::new());
+    let worker = Worker::new("late");
+    let late = PciTransport::new(device, memory, worker, rig.bench.clone(), &rig.bus, 5, None).unwrap();
+    root.add(5, late.clone()).unwrap();
+    rig.bus.insert(0xf000_0000, 1 << 20, root).unwrap();
+    let at = |offset| 0xf000_0000u64 + (5 << 15) + offset;
+    let mut bar = [0; 8];
+    rig.bus.read(at(0x10), &mut bar);
+    assert_eq!(u64::from_le_bytes(bar), 4, "64 bits wide, at no address");
+    rig.bus.write(at(4), &[2, 0]);
+    rig.bus.write(at(0x10), &0xd000_0000_u64.to_le_bytes());
+    let mut features = [0; 4];
+    rig.bus.read(0xd000_0000 + 4, &mut features);
+    assert_eq!(u32::from_le_bytes(features), F_COMMON as u32);
+    late.unplug();
+    rig.bus.read(0xd000_0000 + 4, &mut features);
+    assert_eq!(features, [0xff; 4]);
 }
 
 #[test]
