@@ -148,6 +148,7 @@ fn calls(source: &Value, disk: &Value, metrics: &Value) -> Vec<Call> {
         ("DELETE", "/pmem/x", none(), [400; 3]),
         ("PUT", "/vsock", json!({ "guest_cid": 2, "uds_path": "v" }), [400; 3]),
         ("PUT", "/entropy", json!({}), [204, 400, 400]),
+        ("DELETE", "/entropy", none(), [400; 3]),
         ("PUT", "/serial", json!({}), [204, 400, 400]),
         ("PUT", "/balloon", balloon, [204, 400, 400]),
         ("GET", "/balloon", none(), [200; 3]),

@@ -2,7 +2,7 @@
 //! guest, the host's own files, taps and sockets.
 //!
 //! ```text
-//!   boot  block  net  vsock  hostile  api_*  clients   what is tested
+//!   boot  block  net  vsock  hostile  hotplug  api_*  clients   what is tested
 //!        |                       |
 //!        v                       |
 //!   vm: Setup -> Vm -> Ended     |            one machine: its process, console and log
@@ -30,6 +30,7 @@ mod descriptors;
 mod faults;
 mod guest;
 mod hostile;
+mod hotplug;
 mod kernel;
 mod net;
 mod process;
