@@ -36,9 +36,11 @@ pub enum Kind {
     StdinEnd,
     /// Host to guest: the terminal's size, rows and columns as u16 LE.
     Resize,
+    /// Host to guest: every processor is to be woken once; nothing.
+    Pulse,
 }
 
-const KINDS: [(Kind, u8); 8] = [
+const KINDS: [(Kind, u8); 9] = [
     (Kind::Started, 0),
     (Kind::Stdout, 1),
     (Kind::Stderr, 2),
@@ -47,6 +49,7 @@ const KINDS: [(Kind, u8); 8] = [
     (Kind::Stdin, 16),
     (Kind::StdinEnd, 17),
     (Kind::Resize, 18),
+    (Kind::Pulse, 19),
 ];
 
 impl Kind {

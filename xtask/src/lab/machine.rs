@@ -12,7 +12,9 @@
 //! the emulated local APIC then holds an interrupt that its processor never sees, and the machine
 //! stands still until another one arrives. Seen with QEMU 7.2: timer vector in the IRR, interrupts
 //! enabled, nothing taken for minutes, and a key pressed in QEMU's monitor made it go on. Where
-//! threads cannot run at the same time, a change by one instruction is whole.
+//! threads cannot run at the same time, a change by one instruction is whole. What is lost even so
+//! is made good by a [`Kind::Pulse`](super::frame::Kind) four times a second: an interrupt from
+//! outside that ends in every processor being woken (see `init/pulse.rs`).
 
 use std::ffi::{CStr, OsString};
 use std::fs::File;

@@ -131,7 +131,7 @@ impl Lab {
         session::flush_own_output();
         let signals = Signals::block()?;
         let machine = Machine::start(self, &cache, &order)?;
-        Session::new(machine, signals, streams, self.time_limit, interactive)?.run()
+        Session::new(machine, signals, streams, self, interactive)?.run()
     }
 
     fn order(&self, command: &[OsString], interactive: bool) -> Result<Order> {

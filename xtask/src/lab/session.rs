@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 
 use super::frame::{self, Assembler, Kind};
 use super::machine::Machine;
-use super::{Streams, terminal};
+use super::{Lab, Streams, terminal};
 use crate::progress;
 
 /// Exit code when the time limit ended the command, as coreutils' timeout has it.
@@ -27,6 +27,8 @@ const PIPE_PIECE: usize = 4096;
 /// machine that answers to nothing.
 const CTRL_C: u8 = 3;
 const INTERRUPTS_TO_END: u32 = 5;
+/// How often the machine's processors are woken (see `machine.rs`).
+const PULSE: Duration = Duration::from_millis(250);
 /// Signals that end the run.
 const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
@@ -99,20 +101,22 @@ pub struct Session<'a> {
     limit: Duration,
     writer: Arc<Mutex<UnixStream>>,
     interactive: bool,
+    pulse: bool,
     raw: Option<terminal::Raw>,
     begin: Instant,
     start: Duration,
 }
 
 impl<'a> Session<'a> {
-    /// Takes a started machine over. `limit` of `None` means no time limit.
+    /// Takes a started machine over for what `lab` asks for.
     pub fn new(
         machine: Machine,
         signals: Signals,
         streams: &'a mut Streams,
-        limit: Option<Duration>,
+        lab: &Lab,
         interactive: bool,
     ) -> Result<Self> {
+        let limit = lab.time_limit;
         let writer = Arc::new(Mutex::new(machine.port.try_clone()?));
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let limit = limit.unwrap_or_default();
@@ -124,6 +128,8 @@ impl<'a> Session<'a> {
             limit,
             writer,
             interactive,
+            // Where instructions are counted there is one thread, and what it runs is measured.
+            pulse: !lab.count_instructions,
             raw: None,
             begin: Instant::now(),
             start: Duration::ZERO,
@@ -133,6 +139,9 @@ impl<'a> Session<'a> {
     /// Runs until the command or something else ends.
     pub fn run(mut self) -> Result<Outcome> {
         self.feed_input();
+        if self.pulse {
+            self.feed_pulses();
+        }
         let ended = self.watch();
         self.raw = None;
         match ended? {
@@ -165,6 +174,18 @@ impl<'a> Session<'a> {
                 }
                 let kind = if length == 0 { Kind::StdinEnd } else { Kind::Stdin };
                 if frame::send(&*lock(&writer), kind, &buffer[..length]).is_err() || length == 0 {
+                    return;
+                }
+            }
+        });
+    }
+
+    fn feed_pulses(&self) {
+        let writer = Arc::clone(&self.writer);
+        thread::spawn(move || {
+            loop {
+                thread::sleep(PULSE);
+                if frame::send(&*lock(&writer), Kind::Pulse, &[]).is_err() {
                     return;
                 }
             }

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::kernel;
+use super::{kernel, pulse::Pulse};
 use crate::lab::frame::{self, Assembler, Kind};
 use crate::lab::order::Order;
 
@@ -161,6 +161,7 @@ fn finish(relay: JoinHandle<()>) {
 
 fn relay_input(mut port: File, stdin: File) {
     let mut stdin = Some(stdin);
+    let pulse = Pulse::new();
     let mut assembler = Assembler::default();
     let mut buffer = vec![0; frame::PAYLOAD_MAX];
     loop {
@@ -172,6 +173,7 @@ fn relay_input(mut port: File, stdin: File) {
             match (kind, &mut stdin) {
                 (Kind::Stdin, _) => give(&mut stdin, &bytes),
                 (Kind::StdinEnd, _) => stdin = None,
+                (Kind::Pulse, _) => pulse.beat(),
                 (Kind::Resize, Some(master)) => {
                     if let [a, b, c, d] = bytes[..] {
                         let (rows, columns) = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));

@@ -18,6 +18,7 @@
 mod job;
 mod kernel;
 mod network;
+mod pulse;
 
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
