@@ -3,6 +3,7 @@
 //! | bench | measures | beside |
 //! |---|---|---|
 //! | `boot` | exec to guest init to exit: processor time, exits | QEMU's microvm, any `--peer` |
+//! | `api` | the API: until it is served, a question, the call that starts a machine | any `--peer` |
 //! | `start` | exec to the first `KVM_RUN`, and an idle machine's footprint | its limits |
 //! | `block` | random reads by a polling guest | the same reads by a native io_uring program |
 //! | `net` | large packets through a tap | reads and writes on the tap itself |
@@ -12,15 +13,17 @@
 //! counterpart from the same minutes on the same machine, and what counts is the ratio.
 //!
 //! ```text
-//!   boot:   this program -> lab counting instructions -> this program (--inside) -> monitors
-//!   others: this program -> nacelle vmm -> bare-metal guest of tests/payload
+//!   boot, api: this program -> lab counting instructions -> this program (--inside) -> monitors
+//!   others:    this program -> nacelle vmm -> bare-metal guest of tests/payload
 //! ```
 //!
-//! `boot` counts instructions where the host has no hardware virtualization: times are of a
+//! `boot` and `api` count instructions where the host has no hardware virtualization: times are of a
 //! machine that does 500 million instructions a second, and repeat within a percent.
 
+mod api;
 mod block;
 mod boot;
+mod inside;
 mod machine;
 mod net;
 mod report;
@@ -47,7 +50,7 @@ pub struct Arguments {
     /// How often everything is measured; the median counts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
-    /// Another monitor for `boot`, as NAME=PROGRAM; it must understand Firecracker's flags and
+    /// Another monitor for `boot` and `api`, as NAME=PROGRAM; it must understand Firecracker's flags and
     /// configuration file. May be repeated
     #[arg(long, value_name = "NAME=PROGRAM")]
     peer: Vec<String>,
@@ -64,6 +67,8 @@ pub struct Arguments {
 enum What {
     /// Exec to guest init to exit
     Boot,
+    /// The API: until it is served, a question, the call that starts a machine
+    Api,
     /// Exec to the first KVM_RUN, and what an idle machine keeps
     Start,
     /// Random reads of a disk
@@ -77,10 +82,11 @@ enum What {
 /// Runs one benchmark; 0 when every target was met, 1 when one was missed.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     if let Some(plan) = &arguments.inside {
-        return boot::inside(plan);
+        return if arguments.what == What::Api { api::inside(plan) } else { boot::inside(plan) };
     }
     let report = match arguments.what {
         What::Boot => boot::run(arguments)?,
+        What::Api => api::run(arguments)?,
         What::Start => start::run(arguments)?,
         What::Block => block::run(arguments)?,
         What::Net => net::run(arguments)?,

@@ -11,25 +11,23 @@ use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use flate2::{Compression, write::GzEncoder};
 use serde::{Deserialize, Serialize};
 
 use super::{
     Arguments,
+    inside::{self, Copies, Copy, Monitor, PLACE, words},
     report::{self, Figure, Program, Report, Target},
     spent::{self, Spent},
     trace::{self, Exits},
 };
-use crate::{build, host, kernel, lab};
+use crate::{host, kernel, lab};
 
-/// Where the measured files are copied to, so that no reading of a disk or of the lab's shared
-/// directories is counted.
-const PLACE: &str = "/dev/shm/nacelle-bench";
 /// One command line for all. The monitors that would add `pci=off` find it there.
 const COMMAND_LINE: &str =
     "quiet loglevel=0 tsc=reliable reboot=t panic=-1 8250.nr_uarts=0 pci=off rdinit=/init";
@@ -47,16 +45,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// What is to be measured inside: made outside, read inside.
 #[derive(Debug, Serialize, Deserialize)]
 struct Plan {
-    copies: Vec<(PathBuf, PathBuf)>,
+    copies: Vec<Copy>,
     monitors: Vec<Monitor>,
     rounds: u32,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Monitor {
-    name: String,
-    version: String,
-    command: Vec<String>,
 }
 
 /// What was found inside, one entry for each monitor of the plan.
@@ -70,39 +61,15 @@ struct Found {
 pub fn run(arguments: &Arguments) -> Result<Report> {
     host::need("bench boot", &host::LAB_PACKAGES)?;
     host::need("bench boot", &host::RUN_PACKAGES)?;
-    let in_lab = !host::has_hardware_virtualization();
-    let work = tempfile::tempdir().context("Cannot make a folder for the plan")?;
+    let work = tempfile::tempdir().context("Cannot make a folder for the machine's files")?;
     let plan = plan(arguments, work.path())?;
-    let path = work.path().join("plan.json");
-    fs::write(&path, serde_json::to_vec(&plan)?)?;
-    let found = if in_lab { in_the_lab(&path)? } else { measure(&plan)? };
-    let place = if in_lab { "in the lab counting instructions, 500 a microsecond" } else { "directly" };
+    let (found, place) = inside::have_measured("boot", &plan, measure)?;
     Ok(report(place, &plan, &found))
 }
 
-/// The part that runs in the lab; prints what it found as JSON.
+/// The part that runs in the lab.
 pub fn inside(plan: &Path) -> Result<u8> {
-    let plan: Plan = serde_json::from_slice(&fs::read(plan)?)?;
-    println!("{}", serde_json::to_string(&measure(&plan)?)?);
-    Ok(0)
-}
-
-fn in_the_lab(plan: &Path) -> Result<Vec<Found>> {
-    let own = build::own_program()?;
-    let lab = lab::Lab {
-        count_instructions: true,
-        processors: 1,
-        time_limit: Some(Duration::from_secs(1800)),
-        ..lab::Lab::default()
-    };
-    let mut streams = lab::Streams::Captured { stdout: Vec::new(), stderr: Vec::new() };
-    let command = [own.into(), "bench".into(), "boot".into(), "--inside".into(), plan.into()];
-    let outcome = lab.run_with(&command, &mut streams)?;
-    let lab::Streams::Captured { stdout, stderr } = streams else { unreachable!("it was made captured") };
-    if outcome.code != 0 {
-        bail!("Measuring in the lab ended with code {}:\n{}", outcome.code, String::from_utf8_lossy(&stderr));
-    }
-    serde_json::from_slice(&stdout).context("The lab answered something else than figures")
+    inside::inside(plan, measure)
 }
 
 fn plan(arguments: &Arguments, work: &Path) -> Result<Plan> {
@@ -126,16 +93,9 @@ fn plan(arguments: &Arguments, work: &Path) -> Result<Plan> {
         version: report::version(&nacelle),
         command: words(&format!("{PLACE}/nacelle vmm --no-api --config-file {PLACE}/nacelle.json")),
     }];
-    for peer in &arguments.peer {
-        let (name, path) = peer.split_once('=').with_context(|| format!("--peer {peer}: no NAME=PROGRAM"))?;
-        let path = std::path::absolute(path)?;
-        monitors.push(Monitor {
-            name: name.to_owned(),
-            version: report::version(&path),
-            command: words(&format!("{PLACE}/{name} --no-api --config-file {PLACE}/peer.json")),
-        });
-        copies.push((path, place.join(name)));
-    }
+    let (peers, programs) = inside::peers(arguments, &format!("--no-api --config-file {PLACE}/peer.json"))?;
+    monitors.extend(peers);
+    copies.extend(programs);
     for (name, machine) in QEMU {
         monitors.push(qemu(name, machine)?);
     }
@@ -150,10 +110,6 @@ fn qemu(name: &str, machine: &str) -> Result<Monitor> {
         .extend(words(&format!("-m {MEMORY_MIB} -kernel {PLACE}/vmlinux -initrd {PLACE}/initrd.gz -append")));
     command.push(COMMAND_LINE.to_owned());
     Ok(Monitor { name: name.to_owned(), version: report::version(&program), command })
-}
-
-fn words(line: &str) -> Vec<String> {
-    line.split_whitespace().map(str::to_owned).collect()
 }
 
 /// The machine, for nacelle with the field that switches the serial port off.
@@ -188,11 +144,7 @@ fn init_archive(busybox: &[u8]) -> Result<Vec<u8>> {
 }
 
 fn measure(plan: &Plan) -> Result<Vec<Found>> {
-    fs::create_dir_all(PLACE)?;
-    let _gone = Gone;
-    for (from, to) in &plan.copies {
-        fs::copy(from, to).with_context(|| format!("Cannot copy {} to {}", from.display(), to.display()))?;
-    }
+    let _copies = Copies::made(&plan.copies)?;
     let mut found: Vec<Found> = plan
         .monitors
         .iter()
@@ -215,15 +167,6 @@ fn run_once(monitor: &Monitor) -> Result<Spent> {
     let (program, arguments) = monitor.command.split_first().context("An empty command")?;
     let limit = env::var_os("NACELLE_LAB").is_none().then_some(LIMIT);
     spent::run(Command::new(program).args(arguments), limit)
-}
-
-/// Removes the copies.
-struct Gone;
-
-impl Drop for Gone {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(PLACE);
-    }
 }
 
 fn report(place: &str, plan: &Plan, found: &[Found]) -> Report {
