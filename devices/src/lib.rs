@@ -33,6 +33,7 @@ pub mod legacy;
 pub mod limiter;
 pub mod limits;
 pub mod mmds;
+pub mod own_path;
 pub mod pci;
 pub mod state;
 pub mod trouble;

@@ -1,15 +1,12 @@
 //! The console sockets a machine made, to be removed at its end.
 
-use std::path::PathBuf;
-
 use api::{Spec, spec::ConsoleMode};
-
-use crate::server::identity;
+use devices::own_path::OwnPath;
 
 /// Each socket with what it was when the machine was built, so that something else that somebody
 /// has put in its place meanwhile is left alone. That of vsock stays, as Firecracker's does: its
 /// clients insist on removing it themselves.
-pub struct Sockets(Vec<(PathBuf, (u64, u64))>);
+pub struct Sockets(Vec<OwnPath>);
 
 impl Sockets {
     /// Those of a machine that was just built.
@@ -19,16 +16,12 @@ impl Sockets {
         let console = spec.console.as_ref().filter(|c| c.mode == ConsoleMode::Socket);
         let console = console.and_then(|c| c.path.as_ref());
         let paths = [serial, console].into_iter().flatten();
-        Sockets(paths.filter_map(|path| Some((path.clone(), identity(path)?))).collect())
+        Sockets(paths.map(OwnPath::made).collect())
     }
 
     /// Removes those that are still the same.
     pub fn remove(&self) {
-        for (path, made) in &self.0 {
-            if identity(path) == Some(*made) {
-                let _ = std::fs::remove_file(path);
-            }
-        }
+        self.0.iter().for_each(OwnPath::remove);
     }
 }
 

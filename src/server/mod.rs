@@ -57,7 +57,6 @@ use rustix::{
 
 use connection::{Connection, Fate, Turn};
 use socket::Listener;
-pub(crate) use socket::identity;
 pub use socket::{LONGEST_PATH, SocketError};
 
 /// The most descriptors that may come with one request.

@@ -2,14 +2,15 @@
 //! still the one that was made.
 
 use std::{
-    fs, io,
+    io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::{ffi::OsStrExt, fs::MetadataExt, net::UnixStream},
+        unix::{ffi::OsStrExt, net::UnixStream},
     },
     path::{Path, PathBuf},
 };
 
+use devices::own_path::OwnPath;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// The longest path a unix socket can have, in bytes (unix(7)).
@@ -52,9 +53,7 @@ pub enum SocketError {
 /// A listening socket with its place in the file system.
 pub(super) struct Listener {
     socket: OwnedFd,
-    path: PathBuf,
-    /// Device and inode, to recognise it by.
-    identity: Option<(u64, u64)>,
+    own: OwnPath,
 }
 
 impl Listener {
@@ -84,8 +83,7 @@ impl Listener {
         }
         net::bind(&socket, &address).map_err(refused)?;
         net::listen(&socket, BACKLOG).map_err(refused)?;
-        let identity = identity(path);
-        Ok(Listener { socket, path: path.to_owned(), identity })
+        Ok(Listener { socket, own: OwnPath::made(path) })
     }
 
     /// The next connection, if one waits.
@@ -95,7 +93,7 @@ impl Listener {
 
     /// Where it is.
     pub(super) fn path(&self) -> &Path {
-        &self.path
+        self.own.path()
     }
 }
 
@@ -107,21 +105,16 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if self.identity.is_some() && identity(&self.path) == self.identity {
-            // It may be gone by now; then there is nothing to remove.
-            let _ = fs::remove_file(&self.path);
-        }
+        self.own.remove();
     }
-}
-
-/// Device and inode of what is at a path, to know one's own socket again.
-pub(crate) fn identity(path: &Path) -> Option<(u64, u64)> {
-    fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::{fs::PermissionsExt, net::UnixListener};
+    use std::{
+        fs,
+        os::unix::{fs::PermissionsExt, net::UnixListener},
+    };
 
     use super::*;
 

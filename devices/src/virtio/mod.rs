@@ -221,6 +221,13 @@ pub trait VirtioDevice: Send {
     }
 }
 
+/// As [`read_config_bytes`], for devices whose configuration is a row of 64-bit numbers.
+pub fn read_config_words(words: &[u64], offset: u32, data: &mut [u8]) {
+    let bytes = words.iter().flat_map(|word| word.to_le_bytes()).chain(std::iter::repeat(0));
+    let from = usize::try_from(offset).unwrap_or(usize::MAX).min(8 * words.len());
+    data.iter_mut().zip(bytes.skip(from)).for_each(|(to, byte)| *to = byte);
+}
+
 /// Fills `data` from `config` at `offset`, for devices whose configuration is plain bytes;
 /// what lies outside reads as zero.
 pub fn read_config_bytes(config: &[u8], offset: u32, data: &mut [u8]) {

@@ -16,45 +16,46 @@ use serde::{Deserialize, Serialize};
 /// Bytes of one statistic: a 16-bit tag and a 64-bit value, packed, little-endian.
 pub(super) const PAIR: usize = 10;
 
-/// Tags that are known (VIRTIO 1.2 lists ten, Linux 6.12 has six more).
-const TAGS: usize = 16;
+macro_rules! statistics {
+    ($($name:ident: $what:literal,)*) => {
+        /// The guest's statistics: the last value of each, absent where the guest never sent one.
+        /// Amounts are in bytes unless said otherwise.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+        pub struct BalloonStats {
+            $(#[doc = $what] pub $name: Option<u64>,)*
+        }
 
-/// The guest's statistics: the last value of each, absent where the guest never sent one.
-/// Amounts are in bytes unless said otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-pub struct BalloonStats {
-    /// Swapped in.
-    pub swap_in: Option<u64>,
-    /// Swapped out.
-    pub swap_out: Option<u64>,
-    /// Number of major page faults.
-    pub major_faults: Option<u64>,
-    /// Number of minor page faults.
-    pub minor_faults: Option<u64>,
-    /// Not used for anything.
-    pub free_memory: Option<u64>,
-    /// All the guest has.
-    pub total_memory: Option<u64>,
-    /// An estimate of what new programs could get without swapping.
-    pub available_memory: Option<u64>,
-    /// Caches of files that could be dropped at once.
-    pub disk_caches: Option<u64>,
-    /// Number of huge page allocations that succeeded.
-    pub hugetlb_allocations: Option<u64>,
-    /// Number of huge page allocations that failed.
-    pub hugetlb_failures: Option<u64>,
-    /// Number of times the guest killed a process for want of memory.
-    pub oom_kill: Option<u64>,
-    /// Number of allocations that had to wait.
-    pub alloc_stall: Option<u64>,
-    /// Scanned in the background for something to reclaim.
-    pub async_scan: Option<u64>,
-    /// Scanned by those who wanted memory.
-    pub direct_scan: Option<u64>,
-    /// Reclaimed in the background.
-    pub async_reclaim: Option<u64>,
-    /// Reclaimed by those who wanted memory.
-    pub direct_reclaim: Option<u64>,
+        /// Tags that are known.
+        const TAGS: usize = [$(stringify!($name)),*].len();
+
+        impl Latest {
+            /// The values by name.
+            pub fn named(&self) -> BalloonStats {
+                let [$($name),*] = self.0;
+                BalloonStats { $($name),* }
+            }
+        }
+    };
+}
+
+// In the order of their tags, from 0 on (VIRTIO 1.2 lists ten, Linux 6.12 has six more).
+statistics! {
+    swap_in: "Swapped in.",
+    swap_out: "Swapped out.",
+    major_faults: "Number of major page faults.",
+    minor_faults: "Number of minor page faults.",
+    free_memory: "Not used for anything.",
+    total_memory: "All the guest has.",
+    available_memory: "An estimate of what new programs could get without swapping.",
+    disk_caches: "Caches of files that could be dropped at once.",
+    hugetlb_allocations: "Number of huge page allocations that succeeded.",
+    hugetlb_failures: "Number of huge page allocations that failed.",
+    oom_kill: "Number of times the guest killed a process for want of memory.",
+    alloc_stall: "Number of allocations that had to wait.",
+    async_scan: "Scanned in the background for something to reclaim.",
+    direct_scan: "Scanned by those who wanted memory.",
+    async_reclaim: "Reclaimed in the background.",
+    direct_reclaim: "Reclaimed by those who wanted memory.",
 }
 
 /// The last value of each tag, by tag; also what is saved.
@@ -71,46 +72,6 @@ impl Latest {
             if let Some(value) = self.0.get_mut(tag) {
                 *value = Some(u64::from_le_bytes([*c, *d, *e, *f, *g, *h, *i, *j]));
             }
-        }
-    }
-
-    /// The values by name, in the order of the tags.
-    pub fn named(&self) -> BalloonStats {
-        let [
-            swap_in,
-            swap_out,
-            major_faults,
-            minor_faults,
-            free_memory,
-            total_memory,
-            available_memory,
-            disk_caches,
-            hugetlb_allocations,
-            hugetlb_failures,
-            oom_kill,
-            alloc_stall,
-            async_scan,
-            direct_scan,
-            async_reclaim,
-            direct_reclaim,
-        ] = self.0;
-        BalloonStats {
-            swap_in,
-            swap_out,
-            major_faults,
-            minor_faults,
-            free_memory,
-            total_memory,
-            available_memory,
-            disk_caches,
-            hugetlb_allocations,
-            hugetlb_failures,
-            oom_kill,
-            alloc_stall,
-            async_scan,
-            direct_scan,
-            async_reclaim,
-            direct_reclaim,
         }
     }
 }

@@ -60,7 +60,7 @@ use crate::{
     limits::{MEM_BLOCKS_MAX, MEM_SLOTS_MAX},
     state::{Section, StateError},
     virtio::{
-        About, Active, Change, DeviceError, F_COMMON, Report, VirtioDevice, queue::Queue, read_config_bytes,
+        About, Active, Change, DeviceError, F_COMMON, Report, VirtioDevice, queue::Queue, read_config_words,
     },
     worker::{HandlerId, Worker},
 };
@@ -279,9 +279,9 @@ impl Mem {
     }
 
     /// The configuration space (VIRTIO 1.2 section 5.15.4).
-    fn space(&self) -> [u8; CONFIG_LEN] {
+    fn space(&self) -> [u64; CONFIG_LEN / 8] {
         let blocks = self.pool.blocks();
-        let fields = [
+        [
             self.config.block_size,
             // The node, which is not told, and padding.
             0,
@@ -290,12 +290,7 @@ impl Mem {
             blocks.usable(),
             blocks.plugged_size(),
             blocks.requested(),
-        ];
-        let mut space = [0; CONFIG_LEN];
-        for (place, byte) in space.iter_mut().zip(fields.iter().flat_map(|field| field.to_le_bytes())) {
-            *place = byte;
-        }
-        space
+        ]
     }
 }
 
@@ -311,7 +306,7 @@ impl VirtioDevice for Mem {
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        read_config_bytes(&self.space(), offset, data);
+        read_config_words(&self.space(), offset, data);
     }
 
     fn start(&mut self, active: Active) -> Result<(), DeviceError> {

@@ -48,7 +48,7 @@ use crate::{
     virtio::{
         About, Active, Change, DeviceError, F_COMMON, Interrupt, VirtioDevice,
         queue::{Chain, Queue, QueueError},
-        read_config_bytes,
+        read_config_words,
     },
     worker::{Handler, HandlerId, Source, Watch, Worker},
 };
@@ -170,12 +170,7 @@ impl VirtioDevice for Pmem {
     }
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
-        let mut space = [0; CONFIG_LEN];
-        let fields = [self.start, self.backing.len()];
-        for (place, byte) in space.iter_mut().zip(fields.iter().flat_map(|field| field.to_le_bytes())) {
-            *place = byte;
-        }
-        read_config_bytes(&space, offset, data);
+        read_config_words(&[self.start, self.backing.len()], offset, data);
     }
 
     fn start(&mut self, active: Active) -> Result<(), DeviceError> {

@@ -14,15 +14,15 @@ use std::{
     io::{self, Write as _},
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-        unix::{
-            ffi::OsStrExt,
-            fs::{FileTypeExt, MetadataExt},
-        },
+        unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
 };
 
-use crate::limits::{VSOCK_CONNECT_LINE_MAX, VSOCK_PATH_MAX};
+use crate::{
+    limits::{VSOCK_CONNECT_LINE_MAX, VSOCK_PATH_MAX},
+    own_path::OwnPath,
+};
 
 /// Connections the kernel holds for us until they are accepted.
 const BACKLOG: i32 = 1024;
@@ -65,10 +65,8 @@ pub enum DoorError {
 /// The listening socket and the paths that belong to it.
 #[derive(Debug)]
 pub struct Door {
-    path: PathBuf,
+    own: OwnPath,
     socket: OwnedFd,
-    /// Device and inode number of the path, to know our own again.
-    inode: Option<(u64, u64)>,
 }
 
 impl Door {
@@ -80,11 +78,7 @@ impl Door {
         }
         let Some((address, len)) = address(&path, None) else { return Err(DoorError::Name { path }) };
         match listen(&address, len) {
-            Ok(socket) => {
-                let found = std::fs::symlink_metadata(&path).ok();
-                let inode = found.filter(|m| m.file_type().is_socket()).map(|m| (m.dev(), m.ino()));
-                Ok(Door { path, socket, inode })
-            }
+            Ok(socket) => Ok(Door { own: OwnPath::made(path), socket }),
             Err(e) if e.kind() == io::ErrorKind::AddrInUse => Err(DoorError::Taken { path }),
             Err(source) => Err(DoorError::Listen { path, source }),
         }
@@ -102,7 +96,7 @@ impl Door {
     /// Connects to the host program that listens for guest port `port`, without waiting.
     /// `WouldBlock` when it listens but has too many waiting already: try again later.
     pub fn dial(&self, port: u32) -> io::Result<OwnedFd> {
-        let (address, len) = address(&self.path, Some(port))
+        let (address, len) = address(self.own.path(), Some(port))
             .ok_or_else(|| io::Error::other("The path of the port is longer than a socket address"))?;
         let socket = stream_socket()?;
         // SAFETY: `address` is a valid socket address of `len` bytes.
@@ -119,10 +113,7 @@ impl AsRawFd for Door {
 
 impl Drop for Door {
     fn drop(&mut self) {
-        let there = std::fs::symlink_metadata(&self.path).ok().map(|m| (m.dev(), m.ino()));
-        if self.inode.is_some() && there == self.inode {
-            let _ = std::fs::remove_file(&self.path);
-        }
+        self.own.remove();
     }
 }
 
