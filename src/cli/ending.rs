@@ -55,15 +55,20 @@ pub fn wait_until_over(machine: &mut Machine, limit: Duration) -> bool {
     }
 }
 
-/// Sends a signal to the main process.
+/// Sends a signal to the main process, or to the monitor of a machine without one.
 ///
 /// Whether it had ended already does not matter here. An error says that the agent could not
 /// be asked.
-pub fn signal(machine: &Machine, number: i32) -> Result<(), ClientError> {
+pub fn signal(machine: &Machine, number: i32) -> Outcome<()> {
+    if machine.record.plain {
+        let sent = machine.record.monitor.is_some_and(|monitor| monitor.signal(number));
+        let gone = || Failure::new(format!("The monitor of machine {} is gone", machine.record.name));
+        return sent.then_some(()).ok_or_else(gone);
+    }
     let door = guest::client::Machine::new(machine.vsock()).with_timeout(AGENT_TIMEOUT);
     match door.control()?.signal(MAIN, number) {
         Err(ClientError::Agent(_)) => Ok(()),
-        other => other,
+        other => Ok(other?),
     }
 }
 
@@ -80,6 +85,9 @@ pub fn stop(machine: &mut Machine, grace: Duration) -> Outcome<()> {
         }
         return cut_off(machine);
     }
+    if machine.record.plain {
+        return switch_off(machine, grace);
+    }
     match signal(machine, machine.record.stop_signal) {
         Ok(()) if wait_until_over(machine, grace) => Ok(()),
         Ok(()) => kill(machine),
@@ -87,8 +95,22 @@ pub fn stop(machine: &mut Machine, grace: Duration) -> Outcome<()> {
     }
 }
 
+/// Presses the power button of a machine without an agent, and ends it once `grace` is over.
+fn switch_off(machine: &mut Machine, grace: Duration) -> Outcome<()> {
+    let mut client = api::client::Client::unix(machine.api()).patience(grace.saturating_add(AGENT_TIMEOUT));
+    let body = serde_json::json!({ "timeout_s": grace.as_secs() });
+    // Answered when the machine has ended; if it could not be asked, the monitor is told.
+    if client.put::<serde_json::Value>("/vm/shutdown", Some(&body)).is_err() {
+        let _ = signal(machine, libc::SIGTERM);
+    }
+    if wait_until_over(machine, AFTER_MONITOR) { Ok(()) } else { cut_off(machine) }
+}
+
 /// Kills the command; the machine ends in order.
 pub fn kill(machine: &mut Machine) -> Outcome<()> {
+    if machine.record.plain {
+        return cut_off(machine);
+    }
     if signal(machine, libc::SIGKILL).is_ok() && wait_until_over(machine, AFTER_KILL) {
         return Ok(());
     }

@@ -90,20 +90,27 @@ pub fn keep(
     machine.record.keeper = ProcessName::of(std::process::id() as i32);
     machine.save()?;
     let signals = doing(Signals::block(&FORWARDED).map(Arc::new), || "Signals cannot be set up".to_owned())?;
-    let outcome = run(machine, plan, attached, &signals, started);
+    let outcome = run(machine, plan, attached, &signals, started).map(|exit| end_of(&exit));
     terminal::restore();
+    conclude(machine, outcome)
+}
+
+/// Writes down how a machine ended and tells those who wait. Returns its exit code, or what
+/// went wrong.
+pub(super) fn conclude(machine: &mut Machine, outcome: Outcome<End>) -> Outcome<u8> {
     let end = match &outcome {
-        Ok(exit) => end_of(exit),
+        Ok(end) => end.clone(),
         Err(failure) => End { exit_code: failure.code, reason: Some(failure.message.clone()), at: now() },
     };
-    machine.record.end = Some(end.clone());
-    machine.announce(end.exit_code);
+    let code = end.exit_code;
+    machine.record.end = Some(end);
+    machine.announce(code);
     if machine.record.ephemeral {
         machine.remove()?;
     } else {
         machine.save()?;
     }
-    outcome.map(|_| end.exit_code)
+    outcome.map(|_| code)
 }
 
 fn end_of(exit: &Exit) -> End {
@@ -128,7 +135,11 @@ fn run(
 ) -> Outcome<Exit> {
     let door = machine.vsock();
     let ready = ReadyListener::bind(&door)?;
-    let mut monitor = Monitor::start(machine, &plan.spec)?;
+    let config = machine.file("config.json");
+    let text = serde_json::to_vec_pretty(&plan.spec).unwrap_or_default();
+    doing(std::fs::write(&config, text), || format!("{} cannot be written", config.display()))?;
+    // Whoever asks the monitor does so later; until then the socket would only delay the boot.
+    let mut monitor = Monitor::start(machine, &["--api-after-start"])?;
     machine.record.monitor = ProcessName::of(monitor.child.id() as i32);
     machine.save()?;
     let limit = start_timeout();
@@ -176,24 +187,26 @@ fn wait(
 }
 
 /// The monitor's process.
-struct Monitor {
-    child: Child,
-    pidfd: OwnedFd,
+pub(super) struct Monitor {
+    pub(super) child: Child,
+    pub(super) pidfd: OwnedFd,
     log: std::path::PathBuf,
     console: std::path::PathBuf,
 }
 
 impl Monitor {
-    fn start(machine: &Machine, spec: &Spec) -> Outcome<Monitor> {
-        let config = machine.file("config.json");
-        let text = serde_json::to_vec_pretty(spec).unwrap_or_default();
-        doing(std::fs::write(&config, text), || format!("{} cannot be written", config.display()))?;
+    /// Starts it with the machine's `config.json`, if there is one, and its API socket.
+    pub(super) fn start(machine: &Machine, flags: &[&str]) -> Outcome<Monitor> {
         let path = machine.file("monitor.log");
         let log = doing(File::create(&path), || format!("{} cannot be made", path.display()))?;
         let second = doing(log.try_clone(), || format!("{} cannot be opened", path.display()))?;
         let keeper = std::process::id() as i32;
         let mut command = Command::new("/proc/self/exe");
-        command.arg("vmm").arg("--no-api").arg("--config-file").arg(&config);
+        command.arg("vmm").arg("--api-sock").arg(machine.api()).args(flags);
+        let config = machine.file("config.json");
+        if config.exists() {
+            command.arg("--config-file").arg(&config);
+        }
         command.args(["--id", machine.record.short_id(), "--level", "Info"]);
         command.stdin(Stdio::null()).stdout(log).stderr(second);
         let prepare = move || {
@@ -254,7 +267,7 @@ impl Monitor {
     }
 
     /// Adds to `failure` what the monitor and the guest said last.
-    fn explain(&mut self, mut failure: Failure) -> Failure {
+    pub(super) fn explain(&mut self, mut failure: Failure) -> Failure {
         // The last lines are on their way when the connection breaks.
         let until = Instant::now() + Duration::from_millis(500);
         while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < until {
@@ -359,7 +372,7 @@ fn carry_out(
 }
 
 /// Whether one of `fds` becomes readable (or closed) within `limit`.
-fn readable(fds: &[i32], limit: Duration) -> bool {
+pub(super) fn readable(fds: &[i32], limit: Duration) -> bool {
     let watch = |fd: &i32| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 };
     let mut fds: Vec<libc::pollfd> = fds.iter().map(watch).collect();
     let millis = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
@@ -367,7 +380,7 @@ fn readable(fds: &[i32], limit: Duration) -> bool {
     unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, millis) > 0 }
 }
 
-fn start_timeout() -> Duration {
+pub(super) fn start_timeout() -> Duration {
     let asked = std::env::var("NACELLE_START_TIMEOUT").ok().and_then(|v| v.parse().ok());
     asked.map_or(START_TIMEOUT, Duration::from_secs)
 }
@@ -384,7 +397,7 @@ fn entropy() -> Vec<u8> {
 }
 
 /// The last lines of a text file, without control characters; empty when it cannot be read.
-fn last_lines(path: &std::path::Path, count: usize) -> Vec<String> {
+pub(super) fn last_lines(path: &std::path::Path, count: usize) -> Vec<String> {
     use std::io::{Seek, SeekFrom};
     let mut text = Vec::new();
     let read = File::open(path).and_then(|mut file| {
@@ -430,8 +443,8 @@ pub fn start_detached(machine: &Machine) -> Outcome<()> {
     }
 }
 
-/// The body of the detached keeper: tells its starter, once, how the start went.
-pub fn main(machine: &mut Machine, plan: Plan) -> u8 {
+/// The body of a detached keeper, which is `keep`: tells its starter, once, how the start went.
+pub fn main(keep: impl FnOnce(&dyn Fn()) -> Outcome<u8>) -> u8 {
     let told = std::cell::Cell::new(false);
     let tell = |text: &str| {
         if !told.replace(true) {
@@ -440,7 +453,7 @@ pub fn main(machine: &mut Machine, plan: Plan) -> u8 {
             leave_stdout();
         }
     };
-    match keep(machine, plan, Attached::No, |_| tell("started\n")) {
+    match keep(&|| tell("started\n")) {
         Ok(code) => code,
         Err(failure) => {
             tell(&format!("{}\n{failure}\n", failure.code));

@@ -146,6 +146,7 @@ mod tests {
             kernel: "/boot/vmlinux".into(),
             terminal: false,
             ephemeral: false,
+            plain: false,
             stop_signal: 15,
             created: state::now(),
             started: Some(state::now()),

@@ -18,7 +18,9 @@ pub mod kill;
 pub mod list;
 pub mod log;
 pub mod logs;
+pub mod order;
 pub mod output;
+pub mod plain;
 pub mod progress;
 pub mod rm;
 pub mod run;
@@ -73,6 +75,9 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Carry out an order from standard input
+    #[command(hide = true)]
+    Launch,
     /// Keep a detached machine
     #[command(hide = true)]
     Keep {
@@ -124,6 +129,7 @@ fn dispatch(command: Command) -> Outcome<u8> {
         Command::Images(args) => images::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completion(args) => completion::run(&args),
+        Command::Launch => run::launch(),
         Command::Keep { id } => Ok(run::keep(&id)),
         // Found before the parser ran.
         Command::Vmm { .. } => Ok(0),

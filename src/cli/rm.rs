@@ -30,7 +30,8 @@ pub fn run(args: &Args) -> Outcome<u8> {
     }))
 }
 
-fn remove(state: &State, machine: &mut Machine, force: bool) -> Outcome<()> {
+/// Removes one; one that runs only by `force`.
+pub fn remove(state: &State, machine: &mut Machine, force: bool) -> Outcome<()> {
     let name = machine.record.name.clone();
     match machine.record.status() {
         Status::Exited | Status::Dead => {}
@@ -71,6 +72,7 @@ mod tests {
             kernel: "/boot/vmlinux".into(),
             terminal: false,
             ephemeral: false,
+            plain: false,
             stop_signal: 15,
             created: state::now(),
             started: Some(state::now()),

@@ -8,6 +8,7 @@
 //!       machine.json            the record; replaced as a whole, never changed in place
 //!       config.json             what the monitor was given
 //!       vsock.sock              the door to the agent
+//!       api.sock                the monitor's API
 //!       console.log             what the guest's kernel printed
 //!       exit-code               empty until its end, then one byte
 //!       output.log              what the container printed (see log.rs)
@@ -119,6 +120,9 @@ pub struct Record {
     pub terminal: bool,
     /// It is removed when it ends.
     pub ephemeral: bool,
+    /// It was made from a specification: there is no container and no agent in it.
+    #[serde(default)]
+    pub plain: bool,
     /// Signal that asks it to end.
     pub stop_signal: i32,
     /// When it was made, in seconds since 1970.
@@ -185,9 +189,18 @@ impl Machine {
         self.file("vsock.sock")
     }
 
+    /// The socket of its monitor's API.
+    pub fn api(&self) -> PathBuf {
+        self.file("api.sock")
+    }
+
     /// Its agent, for requests; an error in words when the machine does not run.
     pub fn agent(&self) -> Outcome<guest::client::Machine> {
         match self.record.status() {
+            _ if self.record.plain => Err(Failure::new(format!(
+                "Machine {} was made from a specification; there is no agent in it to ask",
+                self.record.name
+            ))),
             Status::Running => Ok(guest::client::Machine::new(self.vsock())),
             status => Err(Failure::new(format!(
                 "Machine {} is {}; only a running one can be asked",

@@ -2,10 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::failure::{Failure, Outcome};
 
 /// `--disk FILE[:PATH][:ro]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct DiskArg {
     /// The raw disk file.
     pub file: PathBuf,
@@ -16,7 +19,8 @@ pub struct DiskArg {
 }
 
 /// `--tap NAME[,ip=..][,gw=..][,mac=..][,mtu=..]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct TapArg {
     /// The tap device.
     pub name: String,
@@ -31,7 +35,8 @@ pub struct TapArg {
 }
 
 /// `--tmpfs PATH[:OPTIONS]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct TmpfsArg {
     /// Where it is mounted.
     pub path: String,

@@ -28,6 +28,8 @@ Options:
       --api-sock PATH      Socket of the API [default: /run/firecracker.socket]
       --config-file FILE   The machine, as JSON in Firecracker's format; it starts at once
       --no-api             Serve no API socket; needs --config-file
+      --api-after-start    Make the API socket when the machine runs already, and go on without it
+                           if that fails; needs --config-file
       --id ID              Name of the machine in its log [default: anonymous-instance]
       --enable-pci         Attach devices through PCI instead of MMIO
       --log-path FILE      Write the log to a file or named pipe [default: standard error]
@@ -72,6 +74,7 @@ struct Arguments {
     metadata: Option<PathBuf>,
     config_file: Option<PathBuf>,
     no_api: bool,
+    api_after_start: bool,
     id: Option<String>,
     enable_pci: bool,
     log: Logger,
@@ -130,12 +133,15 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
     if arguments.no_api && arguments.config_file.is_none() {
         return Err(invalid("--no-api needs --config-file: there is no other way to describe the machine"));
     }
+    if arguments.api_after_start && (arguments.no_api || arguments.config_file.is_none()) {
+        return Err(invalid("--api-after-start needs --config-file, and does not go with --no-api"));
+    }
     let spec = arguments.config_file.as_deref().map(read).transpose()?;
     let settings = Settings {
         id: arguments.id.clone().unwrap_or_else(|| "anonymous-instance".to_owned()),
         pci: arguments.enable_pci,
         boot_timer: arguments.boot_timer,
-        keyboard: !arguments.no_api,
+        keyboard: !arguments.no_api && !arguments.api_after_start,
         log: arguments.log.clone(),
         mmds_size_limit: arguments.mmds_max.or(arguments.payload_max),
         startup: arguments.startup,
@@ -150,7 +156,8 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
 
     let internal = |e: std::io::Error| Fault::from_error(FaultKind::Internal, &e);
     let signals = Signals::block(&signals::ENDING).map_err(internal)?;
-    let server = (!arguments.no_api).then(|| serve(arguments)).transpose()?;
+    let at_once = !arguments.no_api && !arguments.api_after_start;
+    let server = at_once.then(|| serve(arguments)).transpose()?;
     if !kvm::has_hardware() {
         log::warn!("This processor has no hardware virtualization: a Linux guest will not boot");
     }
@@ -166,6 +173,13 @@ fn run(arguments: &Arguments, milestones: &Arc<Milestones>) -> Result<Ending, Fa
     }
     if starts {
         controller.start()?;
+    }
+    if arguments.api_after_start {
+        // The machine runs and has its owner; it is not ended for want of a door.
+        match serve(arguments) {
+            Ok(server) => controller.serve_on(server),
+            Err(fault) => log::error!("The API is not served: {fault}"),
+        }
     }
     let ending = controller.run().map_err(internal)?;
     match &ending {
@@ -227,7 +241,7 @@ fn print_counters(vm: &crate::vm::Vm) {
 }
 
 fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
-    const FLAGS: [&str; 25] = [
+    const FLAGS: [&str; 26] = [
         "--metadata",
         "--mmds-size-limit",
         "--api-sock",
@@ -241,6 +255,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
         "--describe-snapshot",
         "--config-file",
         "--no-api",
+        "--api-after-start",
         "--id",
         "--enable-pci",
         "--log-path",
@@ -283,6 +298,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
             "--level" => parsed.log.level = level(&value()?)?,
             "--module" => parsed.log.module = Some(value()?),
             "--no-api" => parsed.no_api = true,
+            "--api-after-start" => parsed.api_after_start = true,
             "--enable-pci" => parsed.enable_pci = true,
             "--show-level" => parsed.log.show_level = true,
             "--show-log-origin" => parsed.log.show_log_origin = true,

@@ -215,6 +215,11 @@ impl Controller {
         Ok(controller)
     }
 
+    /// Takes requests from `server` from now on, for a machine that was started without one.
+    pub fn serve_on(&mut self, server: Server) {
+        self.server = Some(server);
+    }
+
     /// A door for other threads.
     pub fn handle(&self) -> Handle {
         self.mailbox.handle.clone()

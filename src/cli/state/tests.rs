@@ -13,6 +13,7 @@ fn record(id: &str, name: &str) -> Record {
         kernel: PathBuf::new(),
         terminal: false,
         ephemeral: false,
+        plain: false,
         stop_signal: 15,
         created: now(),
         started: None,
