@@ -22,8 +22,9 @@ mod stream;
 
 use std::{
     io,
-    os::{fd::BorrowedFd, unix::net::UnixStream},
-    path::{Path, PathBuf},
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -32,7 +33,7 @@ use serde::{Serialize, de::DeserializeOwned};
 pub use error::ClientError;
 use incoming::Incoming;
 pub use lines::Lines;
-pub use stream::Stream;
+pub use stream::{Connect, Stream};
 
 use crate::http::{Method, Response};
 
@@ -45,8 +46,8 @@ const MAX_BODY: usize = 64 << 20;
 /// A client of one server.
 #[derive(Debug)]
 pub struct Client {
-    /// Where to connect again; none for a stream that was given.
-    path: Option<PathBuf>,
+    /// How to connect again; none for a stream that was given.
+    connect: Option<Arc<dyn Connect>>,
     connection: Option<Incoming>,
     patience: Duration,
     /// What goes before every path, such as `/machines/NAME` through a host's service.
@@ -57,13 +58,19 @@ impl Client {
     /// A client of the server at this unix socket. It connects when first used, and again
     /// whenever it must.
     pub fn unix(path: impl Into<PathBuf>) -> Client {
-        Client { path: Some(path.into()), connection: None, patience: PATIENCE, prefix: String::new() }
+        Client::to(Arc::new(path.into()))
+    }
+
+    /// A client of whatever `connect` leads to. It connects when first used, and again whenever it
+    /// must.
+    pub fn to(connect: Arc<dyn Connect>) -> Client {
+        Client { connect: Some(connect), connection: None, patience: PATIENCE, prefix: String::new() }
     }
 
     /// A client over a stream that is connected already. When the server closes it, calls fail.
     pub fn over(stream: impl Stream + 'static) -> Client {
         let connection = Some(Incoming::new(Box::new(stream)));
-        Client { path: None, connection, patience: PATIENCE, prefix: String::new() }
+        Client { connect: None, connection, patience: PATIENCE, prefix: String::new() }
     }
 
     /// This client with another limit for the time of a whole call.
@@ -155,7 +162,7 @@ impl Client {
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<Response, ClientError> {
         let end = Instant::now() + self.patience;
-        let mut connection = self.ask(method, path, body, descriptors, end)?;
+        let mut connection = self.ask(&Outgoing { method, path, fields: JSON, body, descriptors }, end)?;
         let response = connection.body(MAX_BODY, end)?;
         if connection.is_reusable() {
             self.connection = Some(connection);
@@ -170,48 +177,92 @@ impl Client {
     /// client can be used meanwhile and connects anew if it can. `patience` limits the wait
     /// for the head, and not that for a line: see [`Lines::patience`].
     pub fn lines(&mut self, path: &str) -> Result<Lines, ClientError> {
+        Ok(Lines::new(self.open(path, JSON)?))
+    }
+
+    /// Reads an answer of any length in the pieces in which it comes, in the media type `kind` if
+    /// the server has it. As with [`Client::lines`], the pieces have the connection.
+    pub fn parts(&mut self, path: &str, kind: &str) -> Result<Parts, ClientError> {
+        Ok(Parts(Some(self.open(path, &format!("Accept: {kind}\r\n"))?)))
+    }
+
+    /// Asks for another protocol. The connection comes back with what was read of it beyond the
+    /// answer, which is to be used first; the client connects anew if it can.
+    pub fn upgrade(&mut self, path: &str, protocol: &str) -> Result<(Box<dyn Stream>, Vec<u8>), ClientError> {
+        let connection = self.open(path, &format!("Connection: Upgrade\r\nUpgrade: {protocol}\r\n"))?;
+        match connection.status() {
+            101 => Ok(connection.into_stream()),
+            _ => Err(ClientError::Upgrade(protocol.to_owned())),
+        }
+    }
+
+    /// Begins to read what is at `path`.
+    fn open(&mut self, path: &str, fields: &str) -> Result<Incoming, ClientError> {
         let end = Instant::now() + self.patience;
-        let mut connection = self.ask(Method::Get, path, &[], &[], end)?;
+        let asked = Outgoing { method: Method::Get, path, fields, body: &[], descriptors: &[] };
+        let mut connection = self.ask(&asked, end)?;
         if connection.status() >= 400 {
             return Err(ClientError::fault(&connection.body(MAX_BODY, end)?));
         }
-        Ok(Lines::new(connection))
+        Ok(connection)
     }
 
     /// Sends a request and reads the head of its answer.
-    fn ask(
-        &mut self,
-        method: Method,
-        path: &str,
-        body: &[u8],
-        descriptors: &[BorrowedFd<'_>],
-        end: Instant,
-    ) -> Result<Incoming, ClientError> {
-        let head = head(method, &format!("{}{path}", self.prefix), body.len())?;
-        let request = [head.as_bytes(), body].concat();
+    fn ask(&mut self, asked: &Outgoing<'_>, end: Instant) -> Result<Incoming, ClientError> {
+        let head = head(asked, &self.prefix)?;
+        let request = [head.as_bytes(), asked.body].concat();
         let used = self.connection.is_some();
         let first = match self.connection.take() {
             Some(connection) => connection,
             None => self.connect()?,
         };
-        match exchange(first, &request, descriptors, end) {
+        match exchange(first, &request, asked.descriptors, end) {
             // The server closed the connection while it was idle.
-            Err((e, written)) if used && e.is_closed() && (!written || method == Method::Get) => {
-                let again = match &self.path {
+            Err((e, written)) if used && e.is_closed() && (!written || asked.method == Method::Get) => {
+                let again = match &self.connect {
                     Some(_) => self.connect()?,
                     None => return Err(e),
                 };
-                exchange(again, &request, descriptors, end).map_err(|(e, _)| e)
+                exchange(again, &request, asked.descriptors, end).map_err(|(e, _)| e)
             }
             other => other.map_err(|(e, _)| e),
         }
     }
 
     fn connect(&self) -> Result<Incoming, ClientError> {
-        let path: &Path = self.path.as_deref().ok_or(ClientError::Closed)?;
-        let stream = UnixStream::connect(path)
-            .map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
-        Ok(Incoming::new(Box::new(stream)))
+        let connect = self.connect.as_ref().ok_or(ClientError::Closed)?;
+        let stream =
+            connect.connect().map_err(|source| ClientError::Connect { place: connect.place(), source })?;
+        Ok(Incoming::new(stream))
+    }
+}
+
+/// What answers are expected in, unless something else is said.
+const JSON: &str = "Accept: application/json\r\n";
+
+/// A request on its way out.
+struct Outgoing<'a> {
+    method: Method,
+    path: &'a str,
+    /// Further fields of the head, each with its line end.
+    fields: &'a str,
+    body: &'a [u8],
+    descriptors: &'a [BorrowedFd<'a>],
+}
+
+/// The pieces of an answer as they come, until its end.
+#[derive(Debug)]
+pub struct Parts(Option<Incoming>);
+
+impl Iterator for Parts {
+    type Item = Result<Vec<u8>, ClientError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let part = self.0.as_mut()?.part(None).transpose();
+        if !matches!(part, Some(Ok(_))) {
+            self.0 = None;
+        }
+        part
     }
 }
 
@@ -237,12 +288,15 @@ fn read<T: DeserializeOwned>(path: &str, response: &Response) -> Result<T, Clien
     serde_json::from_slice(bytes).map_err(|source| ClientError::Answer { path: path.to_owned(), source })
 }
 
-fn head(method: Method, target: &str, length: usize) -> Result<String, ClientError> {
+fn head(asked: &Outgoing<'_>, prefix: &str) -> Result<String, ClientError> {
+    let Outgoing { method, path, fields, body, .. } = asked;
+    let target = format!("{prefix}{path}");
     if !target.starts_with('/') || target.bytes().any(|b| b <= b' ' || b == 0x7f) {
-        return Err(ClientError::Path(target.to_owned()));
+        return Err(ClientError::Path(target));
     }
-    let mut head = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n");
-    if length > 0 {
+    let mut head = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n{fields}");
+    if !body.is_empty() {
+        let length = body.len();
         head.push_str(&format!("Content-Type: application/json\r\nContent-Length: {length}\r\n"));
     }
     head.push_str("\r\n");

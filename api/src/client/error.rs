@@ -1,17 +1,17 @@
 //! What can go wrong between a client and a server.
 
-use std::{io, path::PathBuf};
+use std::io;
 
 use crate::http::Response;
 
 /// Why a call has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody serves at the socket.
-    #[error("Nothing answers at the API socket '{}'", path.display())]
+    /// Nobody serves there.
+    #[error("Nothing answers at {place}")]
     Connect {
-        /// Where the socket should be.
-        path: PathBuf,
+        /// Where the server should be, in words.
+        place: String,
         /// What the system said.
         source: io::Error,
     },
@@ -49,6 +49,9 @@ pub enum ClientError {
     /// The path cannot be sent.
     #[error("The path '{0}' must start with '/' and have no blanks or control characters")]
     Path(String),
+    /// The server goes on in HTTP where another protocol was asked for.
+    #[error("The server does not speak '{0}' at this path")]
+    Upgrade(String),
     /// Descriptors cannot be sent over this connection.
     #[error("File descriptors can be sent over a unix socket only, at most 16 with a request")]
     Descriptors,

@@ -54,6 +54,11 @@ impl Incoming {
         self.keep_alive && self.rest == Rest::Nothing && self.buffer.is_empty()
     }
 
+    /// The connection itself, and what was read of it beyond the head.
+    pub(super) fn into_stream(self) -> (Box<dyn Stream>, Vec<u8>) {
+        (self.stream, self.buffer)
+    }
+
     /// Sends bytes; descriptors go along with the first of them.
     pub(super) fn write(
         &mut self,
@@ -94,7 +99,7 @@ impl Incoming {
                     return Err(ClientError::Closed);
                 }
             }
-            if self.head.status >= 200 {
+            if self.head.status >= 200 || self.head.status == 101 {
                 return Ok(());
             }
         }

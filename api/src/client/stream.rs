@@ -1,10 +1,12 @@
 //! What a client speaks over.
 
 use std::{
+    any::Any,
     fmt::Debug,
     io::{self, IoSlice, Read, Write},
     mem::MaybeUninit,
     os::{fd::BorrowedFd, unix::net::UnixStream},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -14,7 +16,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 const MAX_DESCRIPTORS: usize = 16;
 
 /// A connected stream whose waits can be limited: a unix socket, or a TLS session over TCP.
-pub trait Stream: Read + Write + Send + Debug {
+pub trait Stream: Read + Write + Send + Debug + Any {
     /// Limits each wait for reading and for writing; none waits for ever. A wait that is over
     /// ends with `WouldBlock` or `TimedOut`.
     fn limit(&mut self, wait: Option<Duration>) -> io::Result<()>;
@@ -40,5 +42,25 @@ impl Stream for UnixStream {
         }
         let parts = [IoSlice::new(bytes)];
         Ok(rustix::net::sendmsg(&*self, &parts, &mut control, SendFlags::NOSIGNAL)?)
+    }
+}
+
+/// Where a client gets its connections from.
+pub trait Connect: Debug + Send + Sync {
+    /// Makes a connection.
+    fn connect(&self) -> io::Result<Box<dyn Stream>>;
+
+    /// Where it leads, in words, as in "Nothing answers at ...".
+    fn place(&self) -> String;
+}
+
+/// The unix socket at a path.
+impl Connect for PathBuf {
+    fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(Box::new(UnixStream::connect(self)?))
+    }
+
+    fn place(&self) -> String {
+        format!("the API socket '{}'", self.display())
     }
 }

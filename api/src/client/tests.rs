@@ -172,3 +172,26 @@ fn nobody_there_is_said_with_the_path() {
     let error = Client::unix("/nonexistent/api.sock").get::<()>("/").unwrap_err();
     assert_eq!(error.to_string(), "Nothing answers at the API socket '/nonexistent/api.sock'");
 }
+
+#[test]
+fn another_protocol_goes_on_where_the_answer_ends() {
+    let answer: &[u8] = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: vsock\r\n\r\nOK 5\n";
+    let (path, peer, _directory) = peer(vec![vec![answer], vec![OK]]);
+    let mut client = Client::unix(path);
+    let (mut stream, mut got) = client.upgrade("/tunnel", "vsock").unwrap();
+    stream.read_to_end(&mut got).unwrap();
+    assert_eq!(got, b"OK 5\n");
+    assert!(matches!(client.upgrade("/tunnel", "vsock"), Err(ClientError::Upgrade(_))));
+    let read = peer.join().unwrap();
+    assert!(read[0].contains("Connection: Upgrade\r\nUpgrade: vsock\r\n"), "{}", read[0]);
+}
+
+#[test]
+fn parts_come_as_they_are_in_the_type_that_was_asked_for() {
+    let chunks: &[u8] =
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n2\r\n\0\n\r\n0\r\n\r\n";
+    let (path, peer, _directory) = peer(vec![vec![chunks]]);
+    let parts: Result<Vec<Vec<u8>>, _> = Client::unix(path).parts("/logs", "a/b").unwrap().collect();
+    assert_eq!(parts.unwrap().concat(), b"one\0\n");
+    assert!(peer.join().unwrap()[0].contains("\r\nAccept: a/b\r\n"));
+}
