@@ -5,6 +5,7 @@
 //!   nacelle vmm: cli/vmm.rs ─► controller.rs ─► vm/ (build, memory, attach) ─► vcpu/
 //!                                  │ asks
 //!                               phase.rs: what is allowed when
+//!   nacelle-serve: serve/ ── one HTTP door for all machines of a host, with the code of cli/
 //! ```
 //!
 //! The crates beside this one know nothing of it: `api` is data, `arch` is the processor,
@@ -22,6 +23,7 @@ pub mod footprint;
 pub mod logger;
 pub mod metrics;
 pub mod phase;
+pub mod serve;
 pub mod server;
 pub mod signals;
 pub mod vcpu;

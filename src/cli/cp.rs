@@ -20,15 +20,13 @@ use std::{
 };
 
 use clap::Args as ClapArgs;
-use guest::{
-    client::Machine as Door,
-    protocol::{FailureKind, PathKind, PathStat},
-};
+use guest::protocol::{FailureKind, PathKind, PathStat};
 
 use super::{
+    door::Door,
     failure::{Failure, Outcome, doing},
     output,
-    state::{State, Status},
+    remote::Host,
     terminal,
 };
 use place::{End, Kind, Source, place};
@@ -60,7 +58,8 @@ pub struct Args {
 }
 
 /// Copies.
-pub fn run(args: &Args) -> Outcome<u8> {
+pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
+    let door = |word: &str| Door::open(word, host);
     match (End::parse(&args.source), End::parse(&args.target)) {
         (End::Inside { .. }, End::Inside { .. }) => Err(Failure::new(
             "Nothing can be copied from machine to machine at once; copy through the host, or pipe one cp - into \
@@ -71,18 +70,6 @@ pub fn run(args: &Args) -> Outcome<u8> {
         (End::Host(source), End::Inside { machine, path }) => into(args, &source, &door(&machine)?, &path),
         (End::Stream, End::Inside { machine, path }) => into_from_tar(args, &door(&machine)?, &path),
         _ => Err(Failure::new("One of the two must be in a machine, as in 'nacelle cp FILE MACHINE:/path'")),
-    }
-}
-
-fn door(word: &str) -> Outcome<Door> {
-    let machine = State::open()?.find(word)?;
-    match machine.record.status() {
-        Status::Running => machine.agent(),
-        status => Err(Failure::new(format!(
-            "Machine {} is {}; files are copied by the machine itself, so it must run",
-            machine.record.name,
-            format!("{status:?}").to_lowercase()
-        ))),
     }
 }
 

@@ -13,9 +13,9 @@ use guest::{
 };
 
 use super::{
+    door::Door,
     failure::{Failure, Outcome, doing},
-    keeper::Plan,
-    state::{Machine, State},
+    remote::Host,
     streams::{self, Forwarder, Own},
     terminal, values,
 };
@@ -59,15 +59,14 @@ pub struct Args {
 }
 
 /// Runs the command; the exit code is the command's.
-pub fn run(args: &Args) -> Outcome<u8> {
-    let machine = State::open()?.find(&args.machine)?;
-    let door = machine.agent()?;
+pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
+    let door = Door::open(&args.machine, host)?;
     let both = terminal::is_terminal(0) && terminal::is_terminal(1);
     let terminal = args.tty || (both && !args.no_tty && !args.detach);
     if args.tty && args.interactive && !args.detach && !terminal::is_terminal(0) {
         return Err(Failure::new("-it needs a terminal as standard input; leave -t out"));
     }
-    let spec = spec(args, &machine, terminal)?;
+    let spec = spec(args, &door, terminal)?;
     // Before any thread starts, so that all of them leave signals to the forwarder.
     let signals = doing(Signals::block(&streams::FORWARDED), || "Signals cannot be set up".to_owned())?;
     let mut agent = door.control()?;
@@ -75,21 +74,21 @@ pub fn run(args: &Args) -> Outcome<u8> {
     if args.detach {
         return leave(&door, process, terminal).map(|()| 0);
     }
-    let _forwarder = Forwarder::start(Arc::new(signals), door.clone(), process, terminal)?;
+    let _forwarder = Forwarder::start(Arc::new(signals), (*door).clone(), process, terminal)?;
     let exit = attached(&door, &mut agent, process, &spec);
     terminal::restore();
     exit.map(|exit| exit.status.shell_code())
 }
 
 /// The process to start: the container's own settings under those of the command line.
-fn spec(args: &Args, machine: &Machine, terminal: bool) -> Outcome<ProcessSpec> {
-    let mut env = machine.record.env.clone();
+fn spec(args: &Args, door: &Door, terminal: bool) -> Outcome<ProcessSpec> {
+    let mut env = door.env.clone();
     for file in &args.env_file {
         env.extend(values::env_file(file)?);
     }
     // The last of a name counts.
     env.extend(args.env.iter().filter_map(|word| values::env(word)));
-    let main = main_process(machine);
+    let main = door.main.clone();
     let size = terminal::size(1).or_else(|| terminal::size(0));
     let size = size.map_or_else(Size::default, |(rows, cols)| Size { rows, cols });
     Ok(ProcessSpec {
@@ -102,12 +101,6 @@ fn spec(args: &Args, machine: &Machine, terminal: bool) -> Outcome<ProcessSpec> 
         stdin: !args.detach && (args.interactive || terminal),
         ..ProcessSpec::default()
     })
-}
-
-/// How the container's main process was started, as far as that is still known.
-fn main_process(machine: &Machine) -> ProcessSpec {
-    let text = std::fs::read(machine.file("plan.json")).unwrap_or_default();
-    serde_json::from_slice::<Plan>(&text).map(|plan| plan.process).unwrap_or_default()
 }
 
 /// Lets a process run on by itself: opened and closed, its streams throw away what it prints

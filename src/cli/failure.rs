@@ -69,6 +69,7 @@ macro_rules! from_errors {
 }
 
 from_errors!(
+    api::client::ClientError,
     sandbox::StoreError,
     sandbox::ReferenceError,
     sandbox::ConfigError,

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::{
     failure::Outcome,
     output,
+    remote::Host,
     state::{Machine, ProcessName, State, Status},
     when,
 };
@@ -78,6 +79,7 @@ struct Paths {
     directory: PathBuf,
     config: PathBuf,
     vsock: PathBuf,
+    api: PathBuf,
     console_log: PathBuf,
     output_log: PathBuf,
     monitor_log: PathBuf,
@@ -85,15 +87,24 @@ struct Paths {
 }
 
 /// Prints them. What can be found is printed, even when something cannot.
-pub fn run(args: &Args) -> Outcome<u8> {
-    let state = State::open()?;
+pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
+    let state = host.is_none().then(State::open).transpose()?;
     let mut found = Vec::new();
     let code = output::each(&args.machines, |word| {
-        found.push(state.find(word)?);
+        found.push(match (&state, host) {
+            (Some(state), _) => value(&state.find(word)?),
+            (None, Some(host)) => host.inspect(word)?,
+            (None, None) => Value::Null,
+        });
         Ok(())
     });
-    output::print_json(&found.iter().map(inspect).collect::<Vec<_>>())?;
+    output::print_json(&found)?;
     Ok(code)
+}
+
+/// All that is known of a machine; keys stay what they are.
+pub fn value(machine: &Machine) -> Value {
+    serde_json::to_value(inspect(machine)).unwrap_or_default()
 }
 
 fn inspect(machine: &Machine) -> Inspection<'_> {
@@ -156,6 +167,7 @@ fn paths(machine: &Machine) -> Paths {
         directory: machine.file(""),
         config: machine.file("config.json"),
         vsock: machine.vsock(),
+        api: machine.api(),
         console_log: machine.file("console.log"),
         output_log: machine.file("output.log"),
         monitor_log: machine.file("monitor.log"),

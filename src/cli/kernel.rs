@@ -102,15 +102,22 @@ pub fn agent() -> Outcome<PathBuf> {
         return Ok(path.into());
     }
     let own = doing(env::current_exe(), || "The path of this program cannot be found".to_owned())?;
-    let beside = own.with_file_name("nacelle-agent");
-    let library = own.parent().and_then(Path::parent).map(|p| p.join("libexec/nacelle/nacelle-agent"));
-    let places: Vec<PathBuf> = std::iter::once(beside).chain(library).collect();
+    beside(&own, "nacelle-agent").map_err(|places| {
+        Failure::new(format!(
+            "The guest agent was not found at {places}; install nacelle-agent there or name it with \
+             NACELLE_AGENT"
+        ))
+    })
+}
+
+/// Another program of this package, where it is installed: beside `own`, or in `libexec`. An
+/// error is the places where it is not.
+pub fn beside(own: &Path, name: &str) -> Result<PathBuf, String> {
+    let library = own.parent().and_then(Path::parent).map(|p| p.join("libexec/nacelle").join(name));
+    let places: Vec<PathBuf> = std::iter::once(own.with_file_name(name)).chain(library).collect();
     places.iter().find(|p| p.is_file()).cloned().ok_or_else(|| {
         let looked: Vec<_> = places.iter().map(|p| p.display().to_string()).collect();
-        Failure::new(format!(
-            "The guest agent was not found at {}; install nacelle-agent there or name it with NACELLE_AGENT",
-            looked.join(" or ")
-        ))
+        looked.join(" or ")
     })
 }
 

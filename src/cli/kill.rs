@@ -6,7 +6,8 @@ use super::{
     ending,
     failure::{Failure, Outcome},
     output,
-    state::{State, Status},
+    remote::Host,
+    state::{Machine, State, Status},
     values,
 };
 
@@ -21,28 +22,33 @@ pub struct Args {
     machines: Vec<String>,
 }
 
-fn signal(word: &str) -> Result<i32, String> {
+/// Reads a signal's name or number; an error is the rule for it.
+pub fn signal(word: &str) -> Result<i32, String> {
     values::signal(word).ok_or_else(|| "it must be a name such as TERM or a number from 1 to 64".to_owned())
 }
 
 /// Sends it to each.
-pub fn run(args: &Args) -> Outcome<u8> {
-    let state = State::open()?;
+pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
     Ok(output::each(&args.machines, |word| {
-        let mut machine = state.find(word)?;
-        match (machine.record.status(), args.signal) {
-            // A machine whose agent is lost can still be killed.
-            (Status::Running | Status::Created, libc::SIGKILL) => ending::kill(&mut machine)?,
-            (Status::Running, number) => ending::signal(&machine, number)?,
-            (status, _) => {
-                let status = format!("{status:?}").to_lowercase();
-                return Err(Failure::new(format!(
-                    "Machine {word} is {status}; there is nothing to send a signal to"
-                )));
-            }
+        match host {
+            None => send(&mut State::open()?.find(word)?, args.signal)?,
+            Some(host) => host.kill(word, args.signal)?,
         }
         output::print(&format!("{word}\n"))
     }))
+}
+
+/// Sends it to one.
+pub fn send(machine: &mut Machine, number: i32) -> Outcome<()> {
+    match (machine.record.status(), number) {
+        // A machine whose agent is lost can still be killed.
+        (Status::Running | Status::Created, libc::SIGKILL) => ending::kill(machine),
+        (Status::Running, number) => ending::signal(machine, number),
+        (status, _) => {
+            let (name, status) = (&machine.record.name, format!("{status:?}").to_lowercase());
+            Err(Failure::new(format!("Machine {name} is {status}; there is nothing to send a signal to")))
+        }
+    }
 }
 
 #[cfg(test)]

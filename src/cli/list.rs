@@ -1,12 +1,13 @@
 //! `nacelle ls`: the machines of this host.
 
 use clap::Args as ClapArgs;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     failure::Outcome,
     output::{self, Format, Table},
-    state::{Machine, Record, State, Status},
+    remote::Host,
+    state::{Record, State, Status},
     when,
 };
 
@@ -31,76 +32,100 @@ pub struct Args {
 }
 
 /// A machine as JSON; keys stay what they are.
-#[derive(Debug, Serialize)]
-struct Row<'a> {
-    id: &'a str,
-    name: &'a str,
-    image: &'a str,
-    command: &'a [String],
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Row {
+    id: String,
+    name: String,
+    image: String,
+    command: Vec<String>,
     created: String,
     started: Option<String>,
     finished: Option<String>,
     status: Status,
     exit_code: Option<u8>,
-    reason: Option<&'a str>,
+    reason: Option<String>,
     pid: Option<i32>,
     cpus: u8,
     memory_mib: u64,
 }
 
 /// Lists them.
-pub fn run(args: &Args) -> Outcome<u8> {
-    let machines = State::open()?.machines()?;
-    let shown = |m: &&Machine| args.all || matches!(m.record.status(), Status::Running | Status::Created);
-    let machines: Vec<&Record> = machines.iter().filter(shown).map(|m| &m.record).collect();
+pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
+    let rows = match host {
+        None => rows(&State::open()?, args.all)?,
+        Some(host) => host.client().get(&format!("/machines?all={}", args.all))?,
+    };
     if args.quiet {
-        let id = |r: &&Record| format!("{}\n", if args.no_trunc { &r.id } else { r.short_id() });
-        output::print(&machines.iter().map(id).collect::<String>())?;
+        let id = |row: &Row| format!("{}\n", if args.no_trunc { &row.id } else { row.short_id() });
+        output::print(&rows.iter().map(id).collect::<String>())?;
     } else if args.format == Format::Json {
-        output::print_json(&machines.iter().map(|record| row(record)).collect::<Vec<_>>())?;
+        output::print_json(&rows)?;
     } else {
-        output::print(&table(&machines, args.no_trunc).text())?;
+        output::print(&table(&rows, args.no_trunc).text())?;
     }
     Ok(0)
 }
 
-fn row(record: &Record) -> Row<'_> {
+/// The machines of this host, the newest first; those that ended only when `all` are wanted.
+pub fn rows(state: &State, all: bool) -> Outcome<Vec<Row>> {
+    let rows = state.machines()?.iter().map(|machine| row(&machine.record)).collect::<Vec<_>>();
+    let shown = |row: &Row| all || matches!(row.status, Status::Running | Status::Created);
+    Ok(rows.into_iter().filter(shown).collect())
+}
+
+impl Row {
+    /// The machine's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn short_id(&self) -> &str {
+        self.id.get(..12).unwrap_or(&self.id)
+    }
+}
+
+fn row(record: &Record) -> Row {
     let time = |seconds: u64| when::rfc3339(seconds.saturating_mul(1000));
     let end = record.end.as_ref();
     let status = record.status();
     Row {
-        id: &record.id,
-        name: &record.name,
-        image: &record.image,
-        command: &record.command,
+        id: record.id.clone(),
+        name: record.name.clone(),
+        image: record.image.clone(),
+        command: record.command.clone(),
         created: time(record.created),
         started: record.started.map(time),
         finished: end.map(|e| time(e.at)),
         status,
         exit_code: end.map(|e| e.exit_code),
-        reason: end.and_then(|e| e.reason.as_deref()),
+        reason: end.and_then(|e| e.reason.clone()),
         pid: record.monitor.filter(|_| status == Status::Running).map(|m| m.pid),
         cpus: record.cpus,
         memory_mib: record.memory_mib,
     }
 }
 
-fn table(machines: &[&Record], whole: bool) -> Table {
+fn table(rows: &[Row], whole: bool) -> Table {
     let mut table = Table::new(&["ID", "NAME", "IMAGE", "COMMAND", "CREATED", "STATUS"]);
     let fit = |text: String| if whole { text } else { output::cut(&text, WIDTH) };
-    for record in machines {
-        let id = if whole { &record.id } else { record.short_id() };
+    for row in rows {
+        let id = if whole { &row.id } else { row.short_id() };
         table.add([
             id.to_owned(),
-            record.name.clone(),
+            row.name.clone(),
             // The end of a path or reference says more than its start.
-            if whole { record.image.clone() } else { tail(&record.image, WIDTH) },
-            fit(record.command.join(" ")),
-            when::ago(record.created),
-            status(record),
+            if whole { row.image.clone() } else { tail(&row.image, WIDTH) },
+            fit(row.command.join(" ")),
+            when::ago(seconds(&row.created)),
+            status(row),
         ]);
     }
     table
+}
+
+/// A moment of a row in seconds since 1970.
+fn seconds(moment: &str) -> u64 {
+    when::moment(moment, 0).map_or(0, |millis| millis / 1000)
 }
 
 fn tail(text: &str, width: usize) -> String {
@@ -112,14 +137,14 @@ fn tail(text: &str, width: usize) -> String {
 }
 
 /// Where a machine stands and since when, in Docker's words.
-pub fn status(record: &Record) -> String {
-    let since = |moment: Option<u64>| moment.unwrap_or(record.created);
-    match (record.status(), &record.end) {
+fn status(row: &Row) -> String {
+    let since = |moment: &Option<String>| seconds(moment.as_ref().unwrap_or(&row.created));
+    match (row.status, row.exit_code) {
         (Status::Running, _) => {
-            let up = super::state::now().saturating_sub(since(record.started));
+            let up = super::state::now().saturating_sub(since(&row.started));
             format!("Up {}", when::in_words(up))
         }
-        (Status::Exited, Some(end)) => format!("Exited ({}) {}", end.exit_code, when::ago(end.at)),
+        (Status::Exited, Some(code)) => format!("Exited ({code}) {}", when::ago(since(&row.finished))),
         (Status::Exited, None) => "Exited".to_owned(),
         (Status::Created, _) => "Starting".to_owned(),
         (Status::Dead, _) => "Dead".to_owned(),
@@ -159,7 +184,7 @@ mod tests {
     #[test]
     fn a_row_fits_a_screen_and_ends_with_the_exit_code() {
         let record = record();
-        let text = table(&[&record], false).text();
+        let text = table(&[row(&record)], false).text();
         let line = text.lines().nth(1).unwrap();
         assert!(line.starts_with("0123456789ab   web"), "{line}");
         assert!(
@@ -167,14 +192,14 @@ mod tests {
             "{line}"
         );
         assert!(line.contains("echo\u{FFFD}hello") && line.contains("Exited (3)"), "{line}");
-        assert!(table(&[&record], true).text().contains(&record.id));
+        assert!(table(&[row(&record)], true).text().contains(&record.id));
     }
 
     #[test]
     fn a_machine_without_an_end_and_without_processes_is_dead() {
         let mut record = record();
         record.end = None;
-        assert_eq!(status(&record), "Dead");
+        assert_eq!(status(&row(&record)), "Dead");
         let json = serde_json::to_value(row(&record)).unwrap();
         assert_eq!(json["status"], "dead");
         assert_eq!(json["exit_code"], serde_json::Value::Null);

@@ -17,6 +17,8 @@ use std::{
 pub const LOG_MAX: u64 = 16 << 20;
 /// Longest entry, in bytes.
 pub const ENTRY_MAX: usize = 64 * 1024;
+/// The media type of entries.
+pub const ENTRIES: &str = "application/vnd.nacelle.log";
 const HEADER: usize = 13;
 
 /// One of the two output streams.
@@ -37,6 +39,48 @@ pub struct Entry {
     pub millis: u64,
     /// What.
     pub bytes: Vec<u8>,
+}
+
+impl Entry {
+    /// Something on standard output.
+    pub fn out(millis: u64, bytes: &[u8]) -> Entry {
+        Entry { stream: Stream::Out, millis, bytes: bytes.to_vec() }
+    }
+
+    /// The entry as the log holds it.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        encoded(self.stream, self.millis, &self.bytes)
+    }
+
+    /// Takes the first entry out of `bytes`, which begin with one; none while it is not whole.
+    pub fn take(bytes: &mut Vec<u8>) -> io::Result<Option<Entry>> {
+        let bad = || io::Error::new(io::ErrorKind::InvalidData, "The output log is damaged");
+        let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else { return Ok(None) };
+        let [stream, t0, t1, t2, t3, t4, t5, t6, t7, l0, l1, l2, l3] = *header;
+        let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+        if len > ENTRY_MAX {
+            return Err(bad());
+        }
+        let Some(part) = rest.get(..len) else { return Ok(None) };
+        let stream = match stream {
+            1 => Stream::Out,
+            2 => Stream::Err,
+            _ => return Err(bad()),
+        };
+        let millis = u64::from_le_bytes([t0, t1, t2, t3, t4, t5, t6, t7]);
+        let entry = Entry { stream, millis, bytes: part.to_vec() };
+        bytes.drain(..HEADER + len);
+        Ok(Some(entry))
+    }
+}
+
+fn encoded(stream: Stream, millis: u64, bytes: &[u8]) -> Vec<u8> {
+    let mut entry = Vec::with_capacity(HEADER + bytes.len());
+    entry.push(stream as u8);
+    entry.extend(millis.to_le_bytes());
+    entry.extend((bytes.len() as u32).to_le_bytes());
+    entry.extend(bytes);
+    entry
 }
 
 /// A log being written.
@@ -64,11 +108,7 @@ impl Writer {
                 fs::rename(&self.path, older(&self.path))?;
                 *self = Writer { max: self.max, ..Writer::open(&self.path)? };
             }
-            let mut entry = Vec::with_capacity(HEADER + part.len());
-            entry.push(stream as u8);
-            entry.extend(millis.to_le_bytes());
-            entry.extend((part.len() as u32).to_le_bytes());
-            entry.extend(part);
+            let entry = encoded(stream, millis, part);
             self.file.write_all(&entry)?;
             self.len += entry.len() as u64;
         }
@@ -96,7 +136,7 @@ impl Reader {
     /// written later; asking again then finds it.
     pub fn next_entry(&mut self) -> io::Result<Option<Entry>> {
         loop {
-            if let Some(entry) = self.take_entry()? {
+            if let Some(entry) = Entry::take(&mut self.held)? {
                 return Ok(Some(entry));
             }
             let Some(file) = &mut self.file else {
@@ -126,26 +166,6 @@ impl Reader {
         self.held.clear();
         self.file = Some(File::open(&self.path)?);
         Ok(true)
-    }
-
-    fn take_entry(&mut self) -> io::Result<Option<Entry>> {
-        let bad = || io::Error::new(io::ErrorKind::InvalidData, "The output log is damaged");
-        let Some((header, rest)) = self.held.split_first_chunk::<HEADER>() else { return Ok(None) };
-        let [stream, t0, t1, t2, t3, t4, t5, t6, t7, l0, l1, l2, l3] = *header;
-        let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
-        if len > ENTRY_MAX {
-            return Err(bad());
-        }
-        let Some(bytes) = rest.get(..len) else { return Ok(None) };
-        let stream = match stream {
-            1 => Stream::Out,
-            2 => Stream::Err,
-            _ => return Err(bad()),
-        };
-        let millis = u64::from_le_bytes([t0, t1, t2, t3, t4, t5, t6, t7]);
-        let entry = Entry { stream, millis, bytes: bytes.to_vec() };
-        self.held.drain(..HEADER + len);
-        Ok(Some(entry))
     }
 }
 

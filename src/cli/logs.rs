@@ -13,17 +13,22 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use api::client::ClientError;
 use clap::{Args as ClapArgs, ValueEnum};
+use serde::Deserialize;
 
 use super::{
     failure::{Failure, Outcome, doing},
-    log::{Entry, Reader, Stream},
+    log::{self, Entry, Reader, Stream},
+    remote::{self, Host},
     state::{Machine, State, Status},
     when,
 };
 
 /// How often a log that is followed is looked at.
 const INTERVAL: Duration = Duration::from_millis(50);
+/// Bytes of a text file that are read at once.
+const PART: usize = 64 * 1024;
 
 /// Print what a machine said, also after its end
 #[derive(Debug, ClapArgs)]
@@ -48,7 +53,8 @@ pub struct Args {
 }
 
 /// Who may have said something.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Source {
     /// The container: its standard output and error
     #[default]
@@ -71,13 +77,49 @@ fn tail(word: &str) -> Result<Tail, String> {
 }
 
 /// Prints it.
-pub fn run(args: &Args) -> Outcome<u8> {
+pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
+    let wanted = args.wanted()?;
+    let mut printer = Printer { timestamps: args.timestamps, inside_line: [false; 2] };
+    if let Some(host) = host {
+        if args.timestamps && args.source != Source::Container {
+            return Err(Failure::new(NO_TIMES));
+        }
+        return printed(print_from(host, &args.machine, &wanted, &mut printer));
+    }
     let machine = State::open()?.find(&args.machine)?;
-    let printed = match args.source {
-        Source::Container => container(args, &machine),
-        Source::Kernel => text(args, &machine, "console.log"),
-        Source::Monitor => text(args, &machine, "monitor.log"),
-    };
+    printed(match wanted.file(&machine) {
+        None => wanted.entries(&machine, &|| true, &mut |entry| printer.print(&entry)),
+        Some(_) if args.timestamps => return Err(Failure::new(NO_TIMES)),
+        Some(name) => wanted.text(&machine, name, &|| true, &mut |part| {
+            let mut out = io::stdout().lock();
+            out.write_all(part).and_then(|()| out.flush())
+        }),
+    })
+}
+
+/// Prints all that a machine of another host prints until its end.
+pub fn print_all(host: &Host, word: &str) -> Outcome<()> {
+    let mut printer = Printer { timestamps: false, inside_line: [false; 2] };
+    let wanted = Wanted { follow: true, ..Wanted::default() };
+    printed(print_from(host, word, &wanted, &mut printer)).map(drop)
+}
+
+fn print_from(host: &Host, word: &str, wanted: &Wanted, printer: &mut Printer) -> Result<(), LogError> {
+    let read = |e: ClientError| Failure::from_error(&e);
+    let parts = host.client().parts(&remote::path(word, &wanted.query())?, log::ENTRIES).map_err(read)?;
+    let mut held = Vec::new();
+    for part in parts {
+        held.extend_from_slice(&part.map_err(read)?);
+        while let Some(entry) = doing(Entry::take(&mut held), || "The log's entries are damaged".to_owned())?
+        {
+            printer.print(&entry)?;
+        }
+    }
+    Ok(())
+}
+
+/// What printing came to.
+fn printed(printed: Result<(), LogError>) -> Outcome<u8> {
     match printed {
         // Whoever read it has read enough.
         Err(LogError::Print(e)) if e.kind() == io::ErrorKind::BrokenPipe => Ok(0),
@@ -87,8 +129,12 @@ pub fn run(args: &Args) -> Outcome<u8> {
     }
 }
 
-enum LogError {
+/// Why a log was not passed on.
+#[derive(Debug)]
+pub enum LogError {
+    /// It cannot be read, or not that way.
     Read(Failure),
+    /// What it was passed to failed.
     Print(io::Error),
 }
 
@@ -104,38 +150,115 @@ impl From<io::Error> for LogError {
     }
 }
 
-fn container(args: &Args, machine: &Machine) -> Result<(), LogError> {
-    let since = match &args.since {
-        Some(word) => when::moment(word, now_millis())?,
-        None => 0,
-    };
-    let path = machine.file("output.log");
-    let mut reader = Reader::open(&path);
-    let mut next = || doing(reader.next_entry(), || format!("{} cannot be read", path.display()));
-    let mut printer = Printer { timestamps: args.timestamps, inside_line: [false; 2] };
-    let mut following = Following::new(machine, args.follow);
-    if let Some(Tail(lines)) = args.tail {
-        let mut held = VecDeque::new();
-        while let Some(entry) = next()? {
-            if entry.millis >= since {
-                held.push_back(entry);
-            }
-        }
-        last_lines(&mut held, lines);
-        held.iter().try_for_each(|entry| printer.print(entry))?;
+const NO_TIMES: &str = "The kernel's and the monitor's logs are text without times of ours; -t and --since are for \
+                        the container's output";
+
+/// Which words are wanted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Whose.
+    pub source: Source,
+    /// Those to come, too, until the machine ends.
+    pub follow: bool,
+    /// Only the last lines of those that are there.
+    pub tail: Option<usize>,
+    /// Only those since a moment, in milliseconds since 1970.
+    pub since: Option<u64>,
+}
+
+impl Args {
+    fn wanted(&self) -> Outcome<Wanted> {
+        let since = self.since.as_ref().map(|word| when::moment(word, now_millis())).transpose()?;
+        let tail = self.tail.map(|Tail(lines)| lines);
+        Ok(Wanted { source: self.source, follow: self.follow, tail, since })
     }
-    loop {
-        // Asked before reading: what was written before the end is read after it is known.
-        let more = following.more();
-        while let Some(entry) = next()? {
-            if entry.millis >= since {
-                printer.print(&entry)?;
+}
+
+impl Wanted {
+    /// The same as a path after a machine's name, for a service.
+    fn query(&self) -> String {
+        let source = format!("{:?}", self.source).to_lowercase();
+        let mut query = format!("/logs?source={source}&follow={}", self.follow);
+        for (name, value) in [("tail", self.tail.map(|lines| lines as u64)), ("since", self.since)] {
+            if let Some(value) = value {
+                query.push_str(&format!("&{name}={value}"));
             }
         }
-        if !more {
-            return Ok(());
+        query
+    }
+
+    /// The text file that has them; none when they are entries of the container's log.
+    pub fn file(&self, machine: &Machine) -> Option<&'static str> {
+        match self.source {
+            Source::Container if machine.record.plain => Some("console.log"),
+            Source::Container => None,
+            Source::Kernel => Some("console.log"),
+            Source::Monitor => Some("monitor.log"),
         }
-        thread::sleep(INTERVAL);
+    }
+
+    /// Passes what the container printed to `each`. Nobody waits for more once `heard` says that
+    /// nobody listens.
+    pub fn entries(
+        &self,
+        machine: &Machine,
+        heard: &dyn Fn() -> bool,
+        each: &mut dyn FnMut(Entry) -> io::Result<()>,
+    ) -> Result<(), LogError> {
+        let since = self.since.unwrap_or(0);
+        let path = machine.file("output.log");
+        let mut reader = Reader::open(&path);
+        let mut next = || doing(reader.next_entry(), || format!("{} cannot be read", path.display()));
+        let mut following = Following::new(machine, self.follow);
+        if let Some(lines) = self.tail {
+            let mut held = VecDeque::new();
+            while let Some(entry) = next()? {
+                if entry.millis >= since {
+                    held.push_back(entry);
+                }
+            }
+            last_lines(&mut held, lines);
+            held.into_iter().try_for_each(&mut *each)?;
+        }
+        loop {
+            // Asked before reading: what was written before the end is read after it is known.
+            let more = following.more();
+            while let Some(entry) = next()? {
+                if entry.millis >= since {
+                    each(entry)?;
+                }
+            }
+            if !more || !heard() {
+                return Ok(());
+            }
+            thread::sleep(INTERVAL);
+        }
+    }
+
+    /// Passes what is in one of the text files to `each`.
+    pub fn text(
+        &self,
+        machine: &Machine,
+        name: &str,
+        heard: &dyn Fn() -> bool,
+        each: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), LogError> {
+        if self.since.is_some() {
+            return Err(Failure::new(NO_TIMES).into());
+        }
+        let path = machine.file(name);
+        let mut following = Following::new(machine, self.follow);
+        let start =
+            |lines| doing(start_of_last(&path, lines), || format!("{} cannot be read", path.display()));
+        let mut at = self.tail.map_or(Ok(0), start)?;
+        loop {
+            let more = following.more();
+            at = copy_from(&path, at, each)?;
+            if !more || !heard() {
+                return Ok(());
+            }
+            thread::sleep(INTERVAL);
+        }
     }
 }
 
@@ -221,45 +344,26 @@ impl Printer {
     }
 }
 
-/// Prints one of the text files.
-fn text(args: &Args, machine: &Machine, name: &str) -> Result<(), LogError> {
-    if args.timestamps || args.since.is_some() {
-        let text = "The kernel's and the monitor's logs are text without times of ours; -t and --since are for \
-                    the container's output";
-        return Err(Failure::new(text).into());
-    }
-    let path = machine.file(name);
-    let cannot = |path: &Path| format!("{} cannot be read", path.display());
-    let mut following = Following::new(machine, args.follow);
-    let mut at = match args.tail {
-        Some(Tail(lines)) => doing(start_of_last(&path, lines), || cannot(&path))?,
-        None => 0,
-    };
-    loop {
-        let more = following.more();
-        at = copy_from(&path, at, &mut io::stdout().lock())?;
-        if !more {
-            return Ok(());
-        }
-        thread::sleep(INTERVAL);
-    }
-}
-
-/// Prints a file from a place on; returns where it ended. A file that became shorter was begun
+/// Passes a file on from a place; returns where it ended. A file that became shorter was begun
 /// anew. One that is not there is empty.
-fn copy_from(path: &Path, at: u64, to: &mut impl Write) -> io::Result<u64> {
+fn copy_from(path: &Path, at: u64, each: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> io::Result<u64> {
     let Ok(mut file) = File::open(path) else { return Ok(0) };
     let len = file.metadata()?.len();
-    let at = if at > len { 0 } else { at };
+    let mut at = if at > len { 0 } else { at };
     file.seek(SeekFrom::Start(at))?;
-    let copied = io::copy(&mut file, to)?;
-    to.flush()?;
-    Ok(at + copied)
+    let mut part = vec![0; PART];
+    loop {
+        let count = file.read(&mut part)?;
+        if count == 0 {
+            return Ok(at);
+        }
+        each(part.get(..count).unwrap_or_default())?;
+        at = at.saturating_add(count as u64);
+    }
 }
 
 /// Where the last `lines` lines of a file begin.
 fn start_of_last(path: &Path, lines: usize) -> io::Result<u64> {
-    const PART: u64 = 64 * 1024;
     let mut file = match File::open(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
         other => other?,
@@ -270,7 +374,7 @@ fn start_of_last(path: &Path, lines: usize) -> io::Result<u64> {
     }
     let (mut end, mut ends) = (len, 0);
     while end > 0 {
-        let start = end.saturating_sub(PART);
+        let start = end.saturating_sub(PART as u64);
         let mut part = Vec::new();
         file.seek(SeekFrom::Start(start))?;
         (&mut file).take(end - start).read_to_end(&mut part)?;
@@ -331,7 +435,7 @@ mod tests {
         for (lines, wanted) in [(0, ""), (1, "last"), (2, "last but one\nlast"), (9, &text[..])] {
             let mut out = Vec::new();
             let at = start_of_last(&path, lines).unwrap();
-            assert_eq!(copy_from(&path, at, &mut out).unwrap(), text.len() as u64);
+            assert_eq!(copy_from(&path, at, &mut |part| out.write_all(part)).unwrap(), text.len() as u64);
             assert_eq!(String::from_utf8(out).unwrap(), wanted);
         }
     }
@@ -353,7 +457,7 @@ mod tests {
         let path = dir.path().join("console.log");
         std::fs::write(&path, "new").unwrap();
         let mut out = Vec::new();
-        assert_eq!(copy_from(&path, 100, &mut out).unwrap(), 3);
+        assert_eq!(copy_from(&path, 100, &mut |part| out.write_all(part)).unwrap(), 3);
         assert_eq!(out, b"new");
     }
 }

@@ -7,6 +7,7 @@
 pub mod completion;
 pub mod cp;
 pub mod doctor;
+pub mod door;
 pub mod ending;
 pub mod exec;
 pub mod failure;
@@ -22,8 +23,10 @@ pub mod order;
 pub mod output;
 pub mod plain;
 pub mod progress;
+pub mod remote;
 pub mod rm;
 pub mod run;
+pub mod serve;
 pub mod state;
 pub mod stats;
 pub mod stop;
@@ -34,18 +37,28 @@ pub mod vmm;
 pub mod wait;
 pub mod when;
 
-use std::{path::Path, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use api::Fault;
 use clap::{CommandFactory, Parser, Subcommand};
 
-use failure::{EXIT_OURS, Outcome};
+use failure::{EXIT_OURS, Failure, Outcome};
+use remote::Host;
 
 /// Virtual machines that start like processes and are moved like files
 #[derive(Debug, Parser)]
 #[command(name = "nacelle", version, infer_subcommands = false, disable_help_subcommand = true)]
 #[command(after_help = "Run 'nacelle COMMAND --help' for more on a command.")]
 pub struct Nacelle {
+    /// Work through the service of a host: unix:///PATH or tcp://NAME:PORT [env: NACELLE_HOST]
+    #[arg(long, global = true, value_name = "URL")]
+    host: Option<String>,
+    /// Directory with ca.pem, cert.pem and key.pem, for tcp:// [env: NACELLE_CERTS]
+    #[arg(long, global = true, value_name = "DIR")]
+    tlsdir: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -67,6 +80,8 @@ enum Command {
     Stats(stats::Args),
     Images(images::Args),
     Doctor(doctor::Args),
+    Serve(serve::Args),
+    Certs(serve::CertsArgs),
     Completion(completion::Args),
     /// Run one machine from a configuration file; see 'nacelle vmm --help'
     #[command(disable_help_flag = true)]
@@ -105,7 +120,7 @@ pub fn main() -> ExitCode {
         return vmm::main(arguments.skip(1));
     }
     match Nacelle::try_parse() {
-        Ok(parsed) => finish(dispatch(parsed.command)),
+        Ok(parsed) => finish(dispatch(parsed)),
         Err(error) => {
             let _ = error.print();
             ExitCode::from(if error.use_stderr() { EXIT_OURS } else { 0 })
@@ -113,26 +128,37 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(command: Command) -> Outcome<u8> {
-    match command {
-        Command::Run(args) => run::run(&args),
-        Command::Exec(args) => exec::run(&args),
-        Command::Ls(args) => list::run(&args),
-        Command::Logs(args) => logs::run(&args),
-        Command::Stop(args) => stop::run(&args),
-        Command::Kill(args) => kill::run(&args),
-        Command::Cp(args) => cp::run(&args),
-        Command::Rm(args) => rm::run(&args),
-        Command::Wait(args) => wait::run(&args),
-        Command::Inspect(args) => inspect::run(&args),
-        Command::Stats(args) => stats::run(&args),
-        Command::Images(args) => images::run(&args),
-        Command::Doctor(args) => doctor::run(&args),
-        Command::Completion(args) => completion::run(&args),
-        Command::Launch => run::launch(),
-        Command::Keep { id } => Ok(run::keep(&id)),
-        // Found before the parser ran.
-        Command::Vmm { .. } => Ok(0),
+fn dispatch(Nacelle { host, tlsdir, command }: Nacelle) -> Outcome<u8> {
+    // What is about this host, or this program, does not ask another one.
+    match &command {
+        Command::Serve(_) | Command::Certs(_) => return serve::become_service(),
+        Command::Doctor(args) => return doctor::run(args),
+        Command::Completion(args) => return completion::run(args),
+        Command::Launch => return run::launch(),
+        Command::Keep { id } => return Ok(run::keep(id)),
+        _ => {}
+    }
+    let host = Host::chosen(host.as_deref(), tlsdir.as_deref())?;
+    let host = host.as_ref();
+    match (command, host) {
+        (Command::Run(args), None) => run::run(&args),
+        (Command::Run(args), Some(host)) => remote::run(&args, host),
+        (Command::Images(args), None) => images::run(&args),
+        (Command::Images(_), Some(_)) => Err(Failure::new(
+            "Images are seen on their own host only; leave --host and NACELLE_HOST out, or ask there",
+        )),
+        (Command::Exec(args), host) => exec::run(&args, host),
+        (Command::Ls(args), host) => list::run(&args, host),
+        (Command::Logs(args), host) => logs::run(&args, host),
+        (Command::Stop(args), host) => stop::run(&args, host),
+        (Command::Kill(args), host) => kill::run(&args, host),
+        (Command::Cp(args), host) => cp::run(&args, host),
+        (Command::Rm(args), host) => rm::run(&args, host),
+        (Command::Wait(args), host) => wait::run(&args, host),
+        (Command::Inspect(args), host) => inspect::run(&args, host),
+        (Command::Stats(args), host) => stats::run(&args, host),
+        // Done above, or found before the parser ran.
+        _ => Ok(0),
     }
 }
 

@@ -200,6 +200,9 @@ impl Order {
         };
         // A machine that never ran its command is of no use to anybody.
         keeper::start_detached(&machine).inspect_err(|_| drop(machine.remove()))?;
+        // One that is removed at its end may be gone by now; then it is shown as it was made.
+        let mut machine = machine;
+        let _ = machine.reload();
         Ok(machine)
     }
 

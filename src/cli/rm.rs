@@ -6,6 +6,7 @@ use super::{
     ending,
     failure::{Failure, Outcome},
     output,
+    remote::Host,
     state::{Machine, State, Status},
 };
 
@@ -21,11 +22,15 @@ pub struct Args {
 }
 
 /// Removes them.
-pub fn run(args: &Args) -> Outcome<u8> {
-    let state = State::open()?;
+pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
     Ok(output::each(&args.machines, |word| {
-        let mut machine = state.find(word)?;
-        remove(&state, &mut machine, args.force)?;
+        match host {
+            None => {
+                let state = State::open()?;
+                remove(&state, &mut state.find(word)?, args.force)?;
+            }
+            Some(host) => host.remove(word, args.force)?,
+        }
         output::print(&format!("{word}\n"))
     }))
 }

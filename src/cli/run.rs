@@ -8,6 +8,7 @@ use guest::protocol::Size;
 use super::{
     doctor,
     failure::{Failure, Outcome, doing},
+    inspect,
     keeper::{self, Attached},
     order::{Console, Order, Pull},
     output, plain,
@@ -133,7 +134,8 @@ pub fn run(args: &Args) -> Outcome<u8> {
 }
 
 /// The body of the hidden `launch` command: carries out the order on standard input and prints,
-/// in one line of JSON, the machine's `id`, or `code`, `message` and `causes` of what went wrong.
+/// in one line of JSON, all that is known of the machine, or `code`, `message` and `causes` of what
+/// went wrong.
 pub fn launch() -> Outcome<u8> {
     let mut text = Vec::new();
     let read = std::io::stdin().lock().take(ORDER_MAX).read_to_end(&mut text);
@@ -141,7 +143,7 @@ pub fn launch() -> Outcome<u8> {
     let order = serde_json::from_slice::<Order>(&text).map_err(|e| Failure::new(api::explain_json(&e)));
     let launched = order.and_then(|order| order.launch(&mut Reporter::new(true)));
     let (code, said) = match launched {
-        Ok(machine) => (0, serde_json::json!({ "id": machine.record.id })),
+        Ok(machine) => (0, inspect::value(&machine)),
         Err(f) => (f.code, serde_json::json!({ "code": f.code, "message": f.message, "causes": f.causes })),
     };
     output::print(&format!("{said}\n"))?;
@@ -198,6 +200,16 @@ impl Steps {
 }
 
 impl Args {
+    /// It runs in the background.
+    pub(super) fn detached(&self) -> bool {
+        self.detach
+    }
+
+    /// This end is asked to do more than to print.
+    pub(super) fn attached(&self) -> bool {
+        (self.interactive || self.tty) && !self.detach
+    }
+
     /// The machine that is wanted, without what this end has to do with it.
     pub(super) fn order(&self) -> Outcome<Order> {
         let mut env = Vec::new();

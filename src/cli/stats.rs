@@ -16,11 +16,12 @@ use guest::{
     client::{Agent, Machine as Door},
     protocol::Stats,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     failure::{Failure, Outcome},
     output::{self, Format, Table},
+    remote::{self, Host},
     state::{Machine, State, Status},
     terminal,
 };
@@ -47,8 +48,9 @@ pub struct Args {
 }
 
 /// The figures of one machine; keys stay what they are. What could not be had is null.
-#[derive(Debug, Default, Serialize)]
-struct Figures {
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Figures {
     id: String,
     name: String,
     /// Of one processor; 100 is one processor kept busy.
@@ -68,7 +70,10 @@ struct Figures {
 }
 
 /// Shows them.
-pub fn run(args: &Args) -> Outcome<u8> {
+pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
+    if let Some(host) = host {
+        return run_on(host, args);
+    }
     let state = State::open()?;
     // A word that means nothing is said once, not every second.
     for word in &args.machines {
@@ -80,17 +85,12 @@ pub fn run(args: &Args) -> Outcome<u8> {
     }
     let mut watched = BTreeMap::new();
     look(&state, &args.machines, &mut watched)?;
-    let redraw = args.format == Format::Table && !args.no_stream && terminal::is_terminal(1);
     loop {
         if !watched.is_empty() {
             thread::sleep(INTERVAL);
         }
         let figures = look(&state, &args.machines, &mut watched)?;
-        let text = match args.format {
-            Format::Table => table(&figures).text(),
-            Format::Json => lines(&figures),
-        };
-        output::print(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
+        show(args, &figures)?;
         if args.no_stream || (!args.machines.is_empty() && figures.is_empty()) {
             return Ok(0);
         }
@@ -98,6 +98,55 @@ pub fn run(args: &Args) -> Outcome<u8> {
             thread::sleep(INTERVAL);
         }
     }
+}
+
+/// Shows those of another host's machines, each of which is looked at for a second there.
+fn run_on(host: &Host, args: &Args) -> Outcome<u8> {
+    loop {
+        let words = match &args.machines[..] {
+            [] => {
+                let rows: Vec<super::list::Row> = host.client().get("/machines")?;
+                rows.iter().map(|row| row.id().to_owned()).collect()
+            }
+            named => named.to_vec(),
+        };
+        let ask = |word: &str| -> Outcome<Figures> { Ok(host.client().get(&remote::path(word, "/stats")?)?) };
+        let answers: Vec<Outcome<Figures>> = thread::scope(|scope| {
+            let threads: Vec<_> = words.iter().map(|word| scope.spawn(|| ask(word))).collect();
+            let broken = |_| Err(Failure::new("A thread of this program failed"));
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(broken)).collect()
+        });
+        let figures: Vec<Figures> = match args.machines[..] {
+            // One that has just ended is no failure.
+            [] => answers.into_iter().flatten().collect(),
+            _ => answers.into_iter().collect::<Outcome<_>>()?,
+        };
+        show(args, &figures)?;
+        if args.no_stream {
+            return Ok(0);
+        }
+        if figures.is_empty() {
+            thread::sleep(INTERVAL);
+        }
+    }
+}
+
+fn show(args: &Args, figures: &[Figures]) -> Outcome<()> {
+    let redraw = args.format == Format::Table && !args.no_stream && terminal::is_terminal(1);
+    let text = match args.format {
+        Format::Table => table(figures).text(),
+        Format::Json => lines(figures),
+    };
+    output::print(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })
+}
+
+/// The figures of one machine, after looking at it for a second; none when it does not run.
+pub fn figures(state: &State, id: &str) -> Outcome<Option<Figures>> {
+    let words = [id.to_owned()];
+    let mut watched = BTreeMap::new();
+    look(state, &words, &mut watched)?;
+    thread::sleep(INTERVAL);
+    Ok(look(state, &words, &mut watched)?.pop())
 }
 
 /// A machine that is looked at again and again.

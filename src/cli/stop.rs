@@ -8,6 +8,7 @@ use super::{
     ending,
     failure::{Failure, Outcome},
     output,
+    remote::Host,
     state::{State, Status},
 };
 
@@ -23,11 +24,13 @@ pub struct Args {
 }
 
 /// Stops them, all at once; one that ended already is stopped.
-pub fn run(args: &Args) -> Outcome<u8> {
-    let state = State::open()?;
+pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
     let grace = Duration::from_secs(args.time.into());
     let stop = |word: &str| {
-        let mut machine = state.find(word)?;
+        if let Some(host) = host {
+            return host.stop(word, grace);
+        }
+        let mut machine = State::open()?.find(word)?;
         if matches!(machine.record.status(), Status::Exited | Status::Dead) {
             return Ok(());
         }

@@ -5,6 +5,7 @@
 //!   options      flags and image settings      hostile    images that mean harm, full disks
 //!   interactive  a terminal                    habits     doctor, completion, what is asked wrong
 //!   lifecycle    -d, ls, logs, exec, cp ...    death      processes that were killed
+//!   serve        the service of a host         remote     the same through it
 //! ```
 //!
 //! Every test has a [`host::Host`]: a state directory of its own, so that tests run side by side
@@ -23,5 +24,7 @@ mod interactive;
 mod lifecycle;
 mod options;
 mod registry;
+mod remote;
+mod serve;
 mod streams;
 mod terminal;
