@@ -298,6 +298,11 @@ impl State {
         Ok(State { root })
     }
 
+    /// Where the machines' directories are.
+    pub fn place(&self) -> PathBuf {
+        self.root.join("machines")
+    }
+
     /// Takes the lock; others wait.
     pub fn lock(&self) -> Outcome<Lock> {
         let path = self.root.join("lock");
@@ -314,7 +319,7 @@ impl State {
 
     /// Every machine, the newest first. Directories without a readable record are passed over.
     pub fn machines(&self) -> Outcome<Vec<Machine>> {
-        let dir = self.root.join("machines");
+        let dir = self.place();
         let entries = doing(fs::read_dir(&dir), || format!("{} cannot be read", dir.display()))?;
         let mut machines: Vec<Machine> = entries
             .flatten()
@@ -366,7 +371,7 @@ impl State {
                 "The name {name:?} is taken by machine {id}; remove it with 'nacelle rm {name}' or choose another"
             )));
         }
-        let dir = self.root.join("machines").join(record.short_id());
+        let dir = self.place().join(record.short_id());
         let made = fs::DirBuilder::new().mode(0o700).create(&dir);
         doing(made, || format!("{} cannot be made", dir.display()))?;
         let machine = Machine { dir, record };
@@ -394,9 +399,17 @@ pub fn now() -> u64 {
 
 fn read_record(dir: &Path) -> Outcome<Record> {
     let path = dir.join("machine.json");
-    let text = doing(fs::read(&path), || format!("{} cannot be read", path.display()))?;
-    serde_json::from_slice(&text)
-        .map_err(|e| Failure::because(format!("{} is not a machine's record", path.display()), &e))
+    let read = || {
+        let text = doing(fs::read(&path), || format!("{} cannot be read", path.display()))?;
+        serde_json::from_slice::<Record>(&text)
+            .map_err(|e| Failure::because(format!("{} is not a machine's record", path.display()), &e))
+    };
+    let record = read()?;
+    match record.end {
+        // A keeper that writes the end down and goes, in between, looks as if it had said nothing.
+        None if record.status() == Status::Dead => read(),
+        _ => Ok(record),
+    }
 }
 
 fn check_name(name: &str) -> Outcome<()> {

@@ -41,6 +41,8 @@ mod machines;
 mod metrics;
 mod routes;
 mod seats;
+#[cfg(test)]
+mod tests;
 mod through;
 mod tls;
 mod watch;

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use tokio::{io::unix::AsyncFd, net::UnixStream};
 
 use super::{Service, say};
-use crate::cli::state::{Machine, State, Status};
+use crate::cli::state::{Machine, Status};
 
 /// Time between looks without a sign.
 const INTERVAL: Duration = Duration::from_secs(3);
@@ -67,7 +67,7 @@ struct Known {
 impl Watcher {
     async fn look(&mut self) {
         if let Some(inotify) = &self.inotify {
-            inotify.watch(&State::directory().join("machines"));
+            inotify.watch(&self.service.state.place());
         }
         let service = Arc::clone(&self.service);
         let read = tokio::task::spawn_blocking(move || service.state.machines().unwrap_or_default());

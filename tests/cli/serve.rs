@@ -35,10 +35,11 @@ impl Service {
         let mut command = Command::new("curl");
         command.args(["-sS", "-X", method, "-w", "\n%{http_code}", "--unix-socket"]).arg(&self.socket);
         command.arg(format!("http://localhost{path}"));
-        if let Some(body) = body {
-            command.arg("--data-binary").arg(body.to_string());
+        let body = body.map(|body| body.to_string().into_bytes());
+        if body.is_some() {
+            command.args(["--data-binary", "@-"]);
         }
-        let ended = Running::start(command, None).end(LIMIT).expect(0);
+        let ended = Running::start(command, body).end(LIMIT).expect(0);
         let text = ended.text();
         let (body, status) = text.rsplit_once('\n').expect("a status");
         let value = serde_json::from_str(body).unwrap_or_else(|_| body.into());
