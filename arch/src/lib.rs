@@ -14,6 +14,7 @@
 //!   irqchip  interrupt controllers and guest clock: save, load
 //!   state    one vCPU: save, load, bytes
 //!   coredump memory and registers -> a file that debuggers open
+//!   debug    registers as gdb names them, breakpoints as the processor keeps them
 //! ```
 //!
 //! **What a processor must offer.** One processor is compiled in; its module is re-exported
@@ -39,7 +40,7 @@ pub mod kernel;
 pub mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{acpi, boot, coredump, cpuid, irqchip, layout, msr, regs, state, template};
+pub use x86_64::{acpi, boot, coredump, cpuid, debug, irqchip, layout, msr, regs, state, template};
 
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("nacelle runs on x86_64 only so far: a processor is a folder beside src/x86_64");

@@ -4,6 +4,7 @@ pub mod acpi;
 pub mod boot;
 pub mod coredump;
 pub mod cpuid;
+pub mod debug;
 pub mod irqchip;
 pub mod layout;
 mod mptable;

@@ -35,6 +35,23 @@ pub struct VcpuError {
 /// # Errors
 /// [`VcpuError`] when KVM refuses a part.
 pub fn configure_vcpu(vcpu: &VcpuFd, index: u8, cpuid: &CpuId, loaded: &Loaded) -> Result<(), VcpuError> {
+    configure_waiting_vcpu(vcpu, index, cpuid)?;
+    if index == 0 {
+        let fail = |what| move |source| VcpuError { what, vcpu: index, source };
+        let mut sregs = vcpu.get_sregs().map_err(fail("segment registers"))?;
+        set_entry_sregs(&mut sregs, loaded.protocol);
+        vcpu.set_sregs(&sregs).map_err(fail("segment registers"))?;
+        vcpu.set_regs(&entry_regs(loaded)).map_err(fail("registers"))?;
+    }
+    Ok(())
+}
+
+/// Gives a vCPU that waits for the guest's start-up message everything it needs: also one that
+/// comes while the machine runs.
+///
+/// # Errors
+/// [`VcpuError`] when KVM refuses a part.
+pub fn configure_waiting_vcpu(vcpu: &VcpuFd, index: u8, cpuid: &CpuId) -> Result<(), VcpuError> {
     let fail = |what| move |source| VcpuError { what, vcpu: index, source };
     vcpu.set_cpuid2(cpuid).map_err(fail("CPUID"))?;
     let entries = msr::boot();
@@ -43,12 +60,6 @@ pub fn configure_vcpu(vcpu: &VcpuFd, index: u8, cpuid: &CpuId, loaded: &Loaded) 
     let written = vcpu.set_msrs(&msrs).map_err(fail("MSRs"))?;
     if written != entries.len() {
         return Err(fail("MSRs")(kvm_ioctls::Error::new(libc::EINVAL)));
-    }
-    if index == 0 {
-        let mut sregs = vcpu.get_sregs().map_err(fail("segment registers"))?;
-        set_entry_sregs(&mut sregs, loaded.protocol);
-        vcpu.set_sregs(&sregs).map_err(fail("segment registers"))?;
-        vcpu.set_regs(&entry_regs(loaded)).map_err(fail("registers"))?;
     }
     Ok(())
 }

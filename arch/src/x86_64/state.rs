@@ -261,7 +261,7 @@ pub fn announce_pause(vcpu: &VcpuFd) -> Result<(), StateError> {
     }
 }
 
-fn get_xsave(vcpu: &VcpuFd, shape: &StateShape) -> Result<Vec<u8>, StateError> {
+pub(super) fn get_xsave(vcpu: &VcpuFd, shape: &StateShape) -> Result<Vec<u8>, StateError> {
     let fail = |e| StateError::Kvm("read the vCPU's extended registers", e);
     if shape.xsave <= XSAVE_MIN {
         let xsave = vcpu.get_xsave().map_err(fail)?;
@@ -283,7 +283,7 @@ fn new_xsave(shape: &StateShape) -> Result<Xsave, StateError> {
         .map_err(|_| StateError::Damaged("no memory for the extended registers".into()))
 }
 
-fn set_xsave(vcpu: &VcpuFd, shape: &StateShape, saved: &[u8]) -> Result<(), StateError> {
+pub(super) fn set_xsave(vcpu: &VcpuFd, shape: &StateShape, saved: &[u8]) -> Result<(), StateError> {
     let room = shape.xsave.max(XSAVE_MIN);
     let used = saved.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
     if used > room {

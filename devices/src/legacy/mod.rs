@@ -7,6 +7,7 @@
 //!   0x505         panic        pvpanic.rs  the guest's kernel says that it crashed, if asked for
 //!   0x600..0x60f  power        power.rs    ACPI: sleep (off), reset, power button
 //!   0x640..0x64f  PCI hotplug  (../pci/hotplug.rs) ACPI: slots filled and wanted back
+//!   0x620..0x62f  processors   processors.rs  ACPI: present, come since (where some can come)
 //! ```
 //!
 //! The serial port and the virtio console talk to the host through one mechanism: a
@@ -17,6 +18,7 @@
 pub mod i8042;
 pub mod output;
 pub mod power;
+pub mod processors;
 pub mod pump;
 pub mod pvpanic;
 pub mod serial;

@@ -14,11 +14,11 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::{
     Description, Events, POWER_OFF_SLEEP_TYPE, PciHost, PciHotplug, Register, SerialPort, VirtioMmio, event,
-    layout, table as sdt,
+    layout, processors, table as sdt,
 };
 
 /// Bytes of AML that are done.
-struct Done<'a>(&'a [u8]);
+pub(super) struct Done<'a>(pub(super) &'a [u8]);
 
 impl Aml for Done<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -29,8 +29,8 @@ impl Aml for Done<'_> {
 /// The whole table. Revision 2: integers have 64 bits.
 pub(super) fn table(machine: &Description<'_>) -> Sdt {
     let mut devices = Vec::new();
-    if machine.processors {
-        (0..machine.vcpus).for_each(|id| processor(&mut devices, id));
+    if let Some(described) = machine.processors {
+        processors::container(&mut devices, described);
     }
     for (index, port) in machine.serial.iter().enumerate() {
         serial(&mut devices, index, *port);
@@ -74,13 +74,7 @@ pub(super) fn table(machine: &Description<'_>) -> Sdt {
     sdt(*b"DSDT", 2, &body)
 }
 
-fn processor(out: &mut Vec<u8>, id: u8) {
-    let hid = Name::new("_HID".into(), &"ACPI0007");
-    let uid = Name::new("_UID".into(), &id);
-    Device::new(numbered('C', usize::from(id)), vec![&hid, &uid]).to_aml_bytes(out);
-}
-
-fn numbered(letter: char, index: usize) -> Path {
+pub(super) fn numbered(letter: char, index: usize) -> Path {
     // Three hexadecimal digits are more than fit into the tables' memory.
     Path::new(&format!("{letter}{:03X}", index & 0xfff))
 }
@@ -178,6 +172,11 @@ fn event_device(out: &mut Vec<u8>, events: Events, machine: &Description<'_>) {
     if machine.pci.as_ref().is_some_and(|pci| pci.hotplug.is_some()) {
         let is_set = And::new(&ZERO, &pending, &event::PCI);
         let scan = MethodCall::new("\\_SB_.PCI0.PSCN".into(), Vec::new());
+        If::new(&is_set, vec![&scan]).to_aml_bytes(&mut handlers);
+    }
+    if machine.processors.is_some() {
+        let is_set = And::new(&ZERO, &pending, &event::PROCESSORS);
+        let scan = MethodCall::new(processors::SCAN.into(), Vec::new());
         If::new(&is_set, vec![&scan]).to_aml_bytes(&mut handlers);
     }
     let handlers = Done(&handlers);

@@ -18,6 +18,7 @@
 //! first, and are checked by the tests table by table.
 
 mod dsdt;
+mod processors;
 #[cfg(test)]
 mod tests;
 
@@ -44,8 +45,10 @@ pub const POWER_OFF_VALUE: u8 = POWER_OFF_SLEEP_TYPE << 2 | 1 << 5;
 pub mod event {
     /// The power button was pressed.
     pub const POWER_BUTTON: u8 = 1;
-    /// The generation id has changed. The bits between are those of events of processors and
-    /// memory, which no table here speaks of yet.
+    /// Processors have come.
+    pub const PROCESSORS: u8 = 2;
+    /// The generation id has changed. The bit between is that of events of memory, which no
+    /// table here speaks of yet.
     pub const GENERATION: u8 = 8;
     /// PCI devices came or are to go.
     pub const PCI: u8 = 16;
@@ -124,6 +127,17 @@ pub struct Events {
     pub status: Register,
 }
 
+/// Room for processors that come while the guest runs; works through [`Events`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Processors {
+    /// How many there can be in all (at most 64).
+    pub max: u8,
+    /// First of eight I/O ports with a bit for each processor that is present.
+    pub present: u16,
+    /// First of eight I/O ports with a bit for each that has come; reading takes the bits.
+    pub inserted: u16,
+}
+
 /// Sleep registers of a hardware-reduced machine. Only power-off ([`POWER_OFF_VALUE`]) exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sleep {
@@ -137,11 +151,11 @@ pub struct Sleep {
 /// guest does not look for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Description<'a> {
-    /// vCPUs; their APIC ids are their indices.
+    /// vCPUs that are present; their APIC ids are their indices.
     pub vcpus: u8,
-    /// Describe each vCPU in the DSDT too: for guests that manage them (hotplug, Windows). Linux
-    /// needs the MADT only and is spared the work.
-    pub processors: bool,
+    /// Those that can come, with the ones that are present, described in the DSDT too. Where none
+    /// can come Linux needs the MADT only and is spared the work.
+    pub processors: Option<Processors>,
     /// Serial ports.
     pub serial: &'a [SerialPort],
     /// Port of the panic notifier (`QEMU0001`).
@@ -264,20 +278,28 @@ fn fadt(machine: &Description<'_>, dsdt: u64) -> impl Aml {
 /// MADT: local APICs, the IOAPIC with all lines from GSI 0, NMI on LINT1 of every processor.
 /// Lines are not renumbered, so there is no override.
 fn madt(machine: &Description<'_>) -> Sdt {
-    const ENABLED: u32 = 1;
     let mut body = Vec::new();
     body.extend_from_slice(&(layout::LOCAL_APIC as u32).to_le_bytes());
     // Flags: there are no 8259s to turn off.
     body.extend_from_slice(&0u32.to_le_bytes());
-    for id in 0..machine.vcpus {
-        body.extend_from_slice(&[0, 8, id, id]);
-        body.extend_from_slice(&ENABLED.to_le_bytes());
+    let max = machine.processors.map_or(machine.vcpus, |processors| processors.max);
+    for id in 0..max.max(machine.vcpus) {
+        body.extend_from_slice(&local_apic(id, if id < machine.vcpus { ENABLED } else { ONLINE_CAPABLE }));
     }
     body.extend_from_slice(&[1, 12, 0, 0]);
     body.extend_from_slice(&(layout::IOAPIC as u32).to_le_bytes());
     body.extend_from_slice(&0u32.to_le_bytes());
     body.extend_from_slice(&[4, 6, 0xff, 0, 0, 1]);
     table(*b"APIC", 5, &body)
+}
+
+/// Flags of a processor in the MADT (ACPI 6.5 section 5.2.12.2): it is there, or can come.
+const ENABLED: u8 = 1;
+const ONLINE_CAPABLE: u8 = 2;
+
+/// The MADT's entry of a processor: kind, length, id in the DSDT, APIC id, flags.
+fn local_apic(id: u8, flags: u8) -> [u8; 8] {
+    [0, 8, id, id, flags, 0, 0, 0]
 }
 
 fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Sdt {

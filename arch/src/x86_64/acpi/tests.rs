@@ -58,7 +58,7 @@ fn full() -> Description<'static> {
     ];
     Description {
         vcpus: 64,
-        processors: true,
+        processors: Some(Processors { max: 64, present: 0x620, inserted: 0x628 }),
         serial: SERIAL,
         pvpanic: Some(0x505),
         virtio_mmio: VIRTIO,
@@ -85,7 +85,7 @@ fn every_table_has_its_checksum_and_is_found_from_the_rsdp() {
         let all = tables(&machine);
         let found = walk(&all);
         assert_eq!(found.len(), expected);
-        assert!(all.len() < 8 << 10, "{} bytes", all.len());
+        assert!(all.len() < 12 << 10, "{} bytes", all.len());
         dsdt(&all);
     }
 }
@@ -117,6 +117,15 @@ fn the_madt_lists_every_processor_and_the_ioapic() {
         assert_eq!(ids, (0..vcpus).collect::<Vec<_>>());
         assert_eq!(ioapics, 1);
     }
+}
+
+#[test]
+fn processors_that_can_come_are_listed_but_not_enabled() {
+    let processors = Some(Processors { max: 4, present: 0x620, inserted: 0x628 });
+    let all = tables(&Description { vcpus: 1, processors, ..Default::default() });
+    let madt = find(&walk(&all), b"APIC").unwrap();
+    let flags: Vec<u32> = madt[44..].chunks_exact(8).take(4).map(|entry| u32_at(entry, 4)).collect();
+    assert_eq!(flags, [1, 2, 2, 2]);
 }
 
 #[test]
@@ -182,14 +191,17 @@ fn the_dsdt_names_what_is_there_and_nothing_else() {
     let all = tables(&full());
     let table = dsdt(&all);
     let names = devices(table);
-    for name in [
-        "C000", "C03F", "S000", "KBD_", "PEVT", "V000", "V001", "PCI0", "MBRD", "PWRB", "VGEN", "VCLK",
-        "GED_",
-    ] {
+    for name in
+        ["CPUS", "S000", "KBD_", "PEVT", "V000", "V001", "PCI0", "MBRD", "PWRB", "VGEN", "VCLK", "GED_"]
+    {
         assert_eq!(names.iter().filter(|n| *n == name).count(), 1, "{name}");
     }
-    assert_eq!(names.len(), 64 + 11);
+    assert_eq!(names.len(), 1 + 11);
     assert!(contains(table, b"QEMU0001\0"));
+    // The bit of the last processor, its name, its entry for the MADT.
+    for part in [&b"Q03F\x01"[..], b"C03F", &[0, 8, 63, 63, 1, 0, 0, 0], b"\\/\x03_SB_CPUSSCAN"] {
+        assert!(contains(table, part), "{part:?}");
+    }
     assert!(contains(table, b"_S5_"));
     // Memory32Fixed and extended interrupt of the second virtio device.
     assert!(contains(table, &[0x86, 9, 0, 1, 0, 0x10, 0, 0xc0, 0, 0x10, 0, 0]));
