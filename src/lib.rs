@@ -3,7 +3,7 @@
 //! ```text
 //!   cli/ ── one file a subcommand ───────────────┐
 //!   nacelle vmm: cli/vmm.rs ─► controller.rs ─► vm/ (build, memory, attach) ─► vcpu/
-//!                                  │ asks
+//!                                  │ asks         debug/ (gdb)
 //!                               phase.rs: what is allowed when
 //!   nacelle-serve: serve/ ── one HTTP door for all machines of a host, with the code of cli/
 //! ```
@@ -19,6 +19,7 @@
 pub mod calendar;
 pub mod cli;
 pub mod controller;
+pub mod debug;
 pub mod footprint;
 pub mod logger;
 pub mod metrics;

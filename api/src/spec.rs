@@ -142,6 +142,10 @@ pub enum Transport {
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to [`VCPUS_MAX`].
     pub vcpu_count: u8,
+    /// vCPUs that there is room for, from `vcpu_count` to [`VCPUS_MAX`]; more than `vcpu_count`
+    /// can be added up to it while the machine runs. `vcpu_count` when absent. *Ours.*
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpu_count: Option<u8>,
     /// Memory in MiB, at least [`MEMORY_MIN_MIB`].
     pub mem_size_mib: u64,
     /// Show two threads per core; needs an even number of vCPUs (or one).
@@ -165,12 +169,26 @@ pub struct MachineConfig {
     /// Give the guest a port through which its kernel says that it crashed. *Ours.*
     #[serde(default, skip_serializing_if = "is_default")]
     pub pvpanic: bool,
+    /// Where gdb can connect to, a unix socket that the start makes; see docs/debugging.md.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gdb_socket_path: Option<PathBuf>,
+    /// With a socket for gdb, do not run before gdb has come and said so. *Ours.*
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub gdb_wait: bool,
+}
+
+impl MachineConfig {
+    /// vCPUs that there is room for.
+    pub fn vcpus_max(&self) -> u8 {
+        self.max_vcpu_count.unwrap_or(self.vcpu_count)
+    }
 }
 
 impl Default for MachineConfig {
     fn default() -> MachineConfig {
         MachineConfig {
             vcpu_count: 1,
+            max_vcpu_count: None,
             mem_size_mib: 128,
             smt: false,
             cpu_template: None,
@@ -179,6 +197,8 @@ impl Default for MachineConfig {
             prefault: false,
             transport: Transport::Mmio,
             pvpanic: false,
+            gdb_socket_path: None,
+            gdb_wait: true,
         }
     }
 }
@@ -272,6 +292,14 @@ where
     D: serde::Deserializer<'de>,
 {
     Option::deserialize(from).map(Option::unwrap_or_default)
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_true(value: &bool) -> bool {
+    *value
 }
 
 impl Spec {

@@ -2,13 +2,14 @@
 
 use api::{
     Fault, FaultKind, Reply, Request, Spec,
-    spec::{DrivePatch, NetworkInterfacePatch, RateLimiter},
+    spec::{DrivePatch, MachineConfigPatch, NetworkInterfacePatch, RateLimiter},
 };
 use devices::virtio::{Change, Report, balloon::BalloonReport};
 use serde_json::{Map, Value, json};
 
 use super::sockets::Sockets;
 use crate::{
+    debug::Debugger,
     phase::Phase,
     vm::{Vm, VmError, build::limiter},
 };
@@ -19,6 +20,8 @@ pub struct Live {
     pub vm: Vm,
     /// Its console sockets.
     pub sockets: Sockets,
+    /// The door for gdb, if there is one.
+    pub debugger: Option<Debugger>,
 }
 
 impl Live {
@@ -78,9 +81,13 @@ impl Live {
                 }
             }
             Request::StopHinting => self.update("virtio-balloon", "balloon", &Change::HintingStop)?,
+            Request::PatchMachineConfig(patch) => self.add_vcpus(spec, &patch)?,
             Request::Nmi => self.vm.inject_nmi().map_err(|e| fault(&e))?,
             Request::CoreDump(path) => {
-                let written = self.vm.core_dump(&path).map_err(|e| fault(&e))?;
+                let dump = || self.vm.core_dump(&path);
+                let debugger = self.debugger.as_ref();
+                let written = debugger.map_or_else(dump, |debugger| debugger.without_breakpoints(dump));
+                let written = written.map_err(|e| fault(&e))?;
                 log::info!("Wrote {} bytes of a core file to {}", written.data, path.display());
             }
             Request::Counters => return Ok(Reply::Json(self.counters())),
@@ -98,6 +105,49 @@ impl Live {
             _ => return Err(Fault::new(FaultKind::Conflict, crate::phase::TOO_LATE)),
         }
         Ok(Reply::Done)
+    }
+
+    /// A started machine can get more vCPUs; nothing else of its configuration changes.
+    fn add_vcpus(&mut self, spec: &mut Spec, patch: &MachineConfigPatch) -> Result<(), Fault> {
+        let only_vcpus = MachineConfigPatch { vcpu_count: patch.vcpu_count, ..Default::default() };
+        let wanted = patch.vcpu_count.filter(|_| *patch == only_vcpus && self.vm.has_room_for_vcpus());
+        let wanted = wanted.ok_or_else(|| Fault::new(FaultKind::Conflict, crate::phase::TOO_LATE))?;
+        let mut changed = spec.clone();
+        changed.machine_config.vcpu_count = wanted;
+        if wanted <= spec.machine_config.vcpus_max() {
+            changed.check_parts()?;
+        }
+        let debugger = &mut self.debugger;
+        let added = self.vm.add_vcpus(wanted, |vm| {
+            debugger.iter_mut().for_each(|debugger| debugger.vcpus_added(vm));
+        });
+        added.map_err(|e| {
+            let kind = if e.is_invalid() { FaultKind::Invalid } else { FaultKind::Internal };
+            Fault::from_error(kind, &e)
+        })?;
+        *spec = changed;
+        Ok(())
+    }
+
+    /// Serves a debugger that has come or asks something.
+    pub fn debug(&mut self) {
+        if let Some(debugger) = &mut self.debugger {
+            debugger.serve(&mut self.vm);
+        }
+    }
+
+    /// A vCPU met what a debugger has set.
+    pub fn debugged(&mut self) {
+        if let Some(debugger) = &mut self.debugger {
+            debugger.met(&mut self.vm);
+        }
+    }
+
+    /// The guest is over.
+    pub fn end(&mut self, code: i32) {
+        if let Some(debugger) = &mut self.debugger {
+            debugger.ended(&mut self.vm, code);
+        }
     }
 
     fn balloon(&self) -> Result<BalloonReport, Fault> {

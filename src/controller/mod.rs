@@ -42,11 +42,13 @@ use devices::mmds::Mmds;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{
+    debug::Debugger,
     logger,
     metrics::{Metrics, Milestone, Milestones, Startup},
     phase::{Phase, Verb},
     server::Server,
     signals::Signals,
+    vcpu::Report,
     vm::{
         Ending, Vm, build,
         faults::{Faults, Incident},
@@ -71,6 +73,8 @@ enum Event {
     Incident(Incident, u64),
     /// The guest has given back what was in a PCI slot.
     Ejected(u8),
+    /// A vCPU met what a debugger has set.
+    Debugged,
 }
 
 /// Where events for a controller are put. Cheap to clone, usable from any thread.
@@ -94,6 +98,13 @@ impl Handle {
     /// Reports that the guest has emptied a PCI slot.
     pub fn ejected(&self, slot: u8) {
         let _ = self.put(Event::Ejected(slot));
+    }
+
+    fn report(&self, report: Report) {
+        match report {
+            Report::Ended(ending) => self.ended(ending),
+            Report::Debugged => drop(self.put(Event::Debugged)),
+        }
     }
 
     fn put(&self, event: Event) -> Result<(), Fault> {
@@ -246,12 +257,14 @@ impl Controller {
                         self.announce(kind, details);
                     }
                     Event::Ejected(slot) => self.slot_emptied(slot),
+                    Event::Debugged => self.live.iter_mut().for_each(Live::debugged),
                     Event::Call(request, reply) => {
                         let _ = reply.send(self.obey(*request));
                     }
                 }
             }
             self.serve()?;
+            self.live.iter_mut().for_each(Live::debug);
             self.report_when_due();
             self.attend_removals();
             if self.settled.is_some_and(|settled| settled <= Instant::now()) {
@@ -281,8 +294,9 @@ impl Controller {
     /// process that ends now: what the kernel takes back by itself need not be taken apart, and the
     /// socket of vsock stays where its owner looks for it.
     pub fn close(mut self) {
-        if let Some(live) = &self.live {
+        if let Some(live) = &mut self.live {
             live.sockets.remove();
+            drop(live.debugger.take());
         }
         drop(self.server.take());
         std::mem::forget(self);
@@ -292,6 +306,7 @@ impl Controller {
         self.phase = Phase::Ended;
         self.milestones.reached(Milestone::Ended);
         self.report();
+        self.live.iter_mut().for_each(|live| live.end(ending.exit_code()));
         let end = serde_json::json!({ "reason": ending.reason(), "exit_code": ending.exit_code() });
         self.announce("Ended", end.clone());
         self.abandon_removals();
@@ -309,16 +324,19 @@ impl Controller {
     fn wait(&self) -> io::Result<()> {
         let watch = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let server = self.server.as_ref().map_or(-1, Server::as_raw_fd);
-        let mut fds = [watch(self.mailbox.bell.as_raw_fd()), watch(self.signals.as_raw_fd()), watch(server)];
         let next = [self.deadline, self.settled, self.metrics.due(), self.removals.due()]
             .into_iter()
             .flatten()
             .min();
+        let debugger = self.live.as_ref().and_then(|live| live.debugger.as_ref());
+        let [listener, client] = debugger.map_or([watch(-1), watch(-1)], Debugger::watch);
+        let (bell, signals) = (watch(self.mailbox.bell.as_raw_fd()), watch(self.signals.as_raw_fd()));
+        let mut fds = [bell, signals, watch(server), listener, client];
         let left = next.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         // Rounded up, so that the deadline has passed when the wait is over.
         let timeout = left.map_or(-1, |left| i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX));
-        // SAFETY: the array has three entries; a negative descriptor is passed over.
-        match unsafe { libc::poll(fds.as_mut_ptr(), 3, timeout) } {
+        // SAFETY: the array has this many entries; a negative descriptor is passed over.
+        match unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) } {
             -1 => match io::Error::last_os_error() {
                 e if e.kind() == io::ErrorKind::Interrupted => Ok(()),
                 e => Err(e),
@@ -389,15 +407,18 @@ impl Controller {
     fn launch(&mut self) -> Result<(), Fault> {
         self.spec.check()?;
         let mmds = self.configured_service()?;
+        let config = &self.spec.machine_config;
+        let debugger = config.gdb_socket_path.as_deref().map(Debugger::bind).transpose();
+        let debugger = debugger.map_err(|e| Fault::from_error(FaultKind::Invalid, &e))?;
         let report = self.mailbox.handle.clone();
         let witness = self.mailbox.handle.clone();
         let ejected = self.mailbox.handle.clone();
         let plan = build::Plan {
             spec: &self.spec,
             milestones: Arc::clone(&self.milestones),
-            ended: Arc::new(move |ending| report.ended(ending)),
             faults: Faults::new(Box::new(move |incident, untold| witness.happened(incident, untold))),
             ejected: Arc::new(move |slot| ejected.ejected(slot)),
+            reporter: Arc::new(move |told| report.report(told)),
             keyboard: self.settings.keyboard,
             boot_timer: self.settings.boot_timer,
             mmds,
@@ -405,8 +426,11 @@ impl Controller {
         };
         let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
         self.milestones.reached(Milestone::Built);
+        if debugger.is_some() && config.gdb_wait {
+            vm.wait_for_debugger();
+        }
         vm.run().map_err(|e| Fault::from_error(e.kind(), &e))?;
-        self.live = Some(Live { vm, sockets: Sockets::of(&self.spec) });
+        self.live = Some(Live { vm, sockets: Sockets::of(&self.spec), debugger });
         self.handed.clear();
         self.settled = Instant::now().checked_add(SETTLED);
         Ok(())

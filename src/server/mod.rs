@@ -56,7 +56,7 @@ use rustix::{
 };
 
 use connection::{Connection, Fate, Turn};
-use socket::Listener;
+pub(crate) use socket::Listener;
 pub use socket::{LONGEST_PATH, SocketError};
 
 /// The most descriptors that may come with one request.
@@ -168,7 +168,7 @@ impl Server {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(descriptors)?;
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags).map_err(descriptors)?;
-        let listener = Listener::bind(path, limits.mode)?;
+        let listener = Listener::bind("API socket", path, limits.mode)?;
         epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN).map_err(descriptors)?;
         epoll::add(&epoll, &timer, EventData::new_u64(TIMER), EventFlags::IN).map_err(descriptors)?;
         let one_request = limits.body.saturating_mul(5) / 4 + 4 * SCRATCH;

@@ -24,22 +24,24 @@ const BACKLOG: i32 = 1024;
 pub enum SocketError {
     /// The path does not fit into a socket address.
     #[error(
-        "The path of the API socket has {0} bytes; a unix socket's path has 1 to {LONGEST_PATH} bytes, \
+        "The path of the {0} has {1} bytes; a unix socket's path has 1 to {LONGEST_PATH} bytes, \
          none of them 0"
     )]
-    Path(usize),
+    Path(&'static str, usize),
     /// Something has this path, and answers.
-    #[error("The API socket '{}' is in use: another process listens on it", .0.display())]
-    InUse(PathBuf),
+    #[error("The {0} '{path}' is in use: another process listens on it", path = .1.display())]
+    InUse(&'static str, PathBuf),
     /// Something has this path, and does not answer.
     #[error(
-        "The API socket '{}' cannot be made: the path exists, and nobody listens on it. \
-         Remove it if it was left behind by a monitor that was killed", .0.display()
+        "The {0} '{path}' cannot be made: the path exists, and nobody listens on it. \
+         Remove it if it was left behind by a monitor that was killed", path = .1.display()
     )]
-    Exists(PathBuf),
+    Exists(&'static str, PathBuf),
     /// The system refused for another reason.
-    #[error("The API socket '{}' cannot be made", path.display())]
+    #[error("The {what} '{}' cannot be made", path.display())]
     Refused {
+        /// Which socket.
+        what: &'static str,
         /// Where it was to be.
         path: PathBuf,
         /// What the system said.
@@ -51,7 +53,7 @@ pub enum SocketError {
 }
 
 /// A listening socket with its place in the file system.
-pub(super) struct Listener {
+pub(crate) struct Listener {
     socket: OwnedFd,
     own: OwnPath,
 }
@@ -59,18 +61,19 @@ pub(super) struct Listener {
 impl Listener {
     /// Listens at a path that nothing has yet. `mode` are the permission bits (connecting
     /// needs write permission); without, the process's umask decides, as in Firecracker.
-    pub(super) fn bind(path: &Path, mode: Option<u32>) -> Result<Listener, SocketError> {
+    /// Messages call it `what`.
+    pub(crate) fn bind(what: &'static str, path: &Path, mode: Option<u32>) -> Result<Listener, SocketError> {
         let bytes = path.as_os_str().as_bytes();
         // An empty path would make the kernel choose an abstract name.
         if bytes.is_empty() || bytes.len() > LONGEST_PATH || bytes.contains(&0) {
-            return Err(SocketError::Path(bytes.len()));
+            return Err(SocketError::Path(what, bytes.len()));
         }
         let refused = |e: rustix::io::Errno| match e {
             rustix::io::Errno::ADDRINUSE if UnixStream::connect(path).is_ok() => {
-                SocketError::InUse(path.to_owned())
+                SocketError::InUse(what, path.to_owned())
             }
-            rustix::io::Errno::ADDRINUSE => SocketError::Exists(path.to_owned()),
-            e => SocketError::Refused { path: path.to_owned(), source: e.into() },
+            rustix::io::Errno::ADDRINUSE => SocketError::Exists(what, path.to_owned()),
+            e => SocketError::Refused { what, path: path.to_owned(), source: e.into() },
         };
         let address = SocketAddrUnix::new(path).map_err(refused)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -87,12 +90,12 @@ impl Listener {
     }
 
     /// The next connection, if one waits.
-    pub(super) fn accept(&self) -> rustix::io::Result<OwnedFd> {
+    pub(crate) fn accept(&self) -> rustix::io::Result<OwnedFd> {
         net::accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
     }
 
     /// Where it is.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.own.path()
     }
 }
@@ -121,8 +124,8 @@ mod tests {
     #[test]
     fn a_path_that_does_not_fit_is_refused_with_its_length() {
         let long = format!("/{}", "x".repeat(107));
-        assert!(matches!(Listener::bind(Path::new(&long), None), Err(SocketError::Path(108))));
-        assert!(matches!(Listener::bind(Path::new(""), None), Err(SocketError::Path(0))));
+        assert!(matches!(Listener::bind("socket", Path::new(&long), None), Err(SocketError::Path(_, 108))));
+        assert!(matches!(Listener::bind("socket", Path::new(""), None), Err(SocketError::Path(_, 0))));
     }
 
     #[test]
@@ -131,7 +134,7 @@ mod tests {
         let room = LONGEST_PATH - directory.path().as_os_str().len() - 1;
         let path = directory.path().join("x".repeat(room));
         assert_eq!(path.as_os_str().len(), 107);
-        let _listener = Listener::bind(&path, None).unwrap();
+        let _listener = Listener::bind("socket", &path, None).unwrap();
         UnixStream::connect(&path).unwrap();
     }
 
@@ -140,13 +143,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("api");
         let live = UnixListener::bind(&path).unwrap();
-        assert!(matches!(Listener::bind(&path, None), Err(SocketError::InUse(_))));
+        assert!(matches!(Listener::bind("socket", &path, None), Err(SocketError::InUse(..))));
         drop(live);
-        assert!(matches!(Listener::bind(&path, None), Err(SocketError::Exists(_))));
+        assert!(matches!(Listener::bind("socket", &path, None), Err(SocketError::Exists(..))));
         assert!(path.exists());
         fs::remove_file(&path).unwrap();
         fs::write(&path, "text").unwrap();
-        assert!(matches!(Listener::bind(&path, None), Err(SocketError::Exists(_))));
+        assert!(matches!(Listener::bind("socket", &path, None), Err(SocketError::Exists(..))));
         assert_eq!(fs::read_to_string(&path).unwrap(), "text");
     }
 
@@ -154,7 +157,7 @@ mod tests {
     fn the_mode_is_that_asked_for_from_the_start() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("api");
-        let _listener = Listener::bind(&path, Some(0o600)).unwrap();
+        let _listener = Listener::bind("socket", &path, Some(0o600)).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
@@ -162,9 +165,9 @@ mod tests {
     fn the_socket_is_removed_unless_it_is_another_ones() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("api");
-        drop(Listener::bind(&path, None).unwrap());
+        drop(Listener::bind("socket", &path, None).unwrap());
         assert!(!path.exists());
-        let listener = Listener::bind(&path, None).unwrap();
+        let listener = Listener::bind("socket", &path, None).unwrap();
         fs::rename(&path, directory.path().join("moved")).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         drop(listener);

@@ -4,10 +4,12 @@ use std::sync::{Arc, atomic::Ordering::Relaxed, mpsc};
 
 use arch::state::VcpuState;
 use devices::bus::Bus;
-use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_debug_exit_arch,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{Answer, Immediate, Order};
+use super::{Answer, Immediate, Order, Report, Reporter};
 use crate::{
     metrics::{Exits, Milestone, Milestones},
     vm::Ending,
@@ -28,6 +30,7 @@ pub struct Buses {
 enum Next {
     Enter,
     Obey,
+    Stop(kvm_debug_exit_arch),
     End(Ending),
 }
 
@@ -35,21 +38,23 @@ enum Next {
 pub struct Vcpu {
     fd: VcpuFd,
     buses: Buses,
-    ended: Arc<dyn Fn(Ending) + Send + Sync>,
+    reporter: Reporter,
     exits: Arc<Exits>,
     /// The guest ended on this vCPU: it is not entered again.
     over: bool,
+    /// What a debugger had set and the vCPU met: it is not entered before the next `Run`.
+    stop: Option<kvm_debug_exit_arch>,
 }
 
 impl Vcpu {
     /// A vCPU that has its first state.
-    pub fn new(
-        fd: VcpuFd,
-        buses: Buses,
-        ended: Arc<dyn Fn(Ending) + Send + Sync>,
-        exits: Arc<Exits>,
-    ) -> Vcpu {
-        Vcpu { fd, buses, ended, exits, over: false }
+    pub fn new(fd: VcpuFd, buses: Buses, reporter: Reporter, exits: Arc<Exits>) -> Vcpu {
+        Vcpu { fd, buses, reporter, exits, over: false, stop: None }
+    }
+
+    /// The descriptor of a vCPU whose thread never was.
+    pub fn into_fd(self) -> VcpuFd {
+        self.fd
     }
 
     /// Obeys orders until told to finish or until nobody is left to give any. The descriptor
@@ -67,15 +72,20 @@ impl Vcpu {
                 None | Some(Order::Finish) => return self.fd,
                 Some(Order::Run) => {
                     running = true;
+                    self.stop = None;
                     self.buses.milestones.reached(Milestone::FirstRun);
                     continue;
                 }
                 Some(Order::Pause) => {
                     self.settle();
                     running = false;
-                    Answer::Paused
+                    Answer::Paused(self.stop)
                 }
                 Some(Order::Nmi) => Answer::Nmi(self.fd.nmi()),
+                Some(Order::Do(errand)) => {
+                    errand(&self.fd);
+                    Answer::Did
+                }
                 Some(Order::Save(shape)) => Answer::Saved(VcpuState::save(&self.fd, &shape).map(Box::new)),
                 Some(Order::Load(shape, state)) => {
                     self.over = false;
@@ -92,7 +102,7 @@ impl Vcpu {
 
     /// Runs the guest until an order arrives. A guest that ended is not entered again.
     fn run_until_order(&mut self, inbox: &mpsc::Receiver<Order>) -> Option<Order> {
-        while !self.over {
+        while !self.over && self.stop.is_none() {
             match self.enter() {
                 Next::Enter => {}
                 Next::Obey => match inbox.try_recv() {
@@ -101,9 +111,13 @@ impl Vcpu {
                     // A stray signal: nothing was ordered.
                     Err(mpsc::TryRecvError::Empty) => {}
                 },
+                Next::Stop(stop) => {
+                    self.stop = Some(stop);
+                    (self.reporter)(Report::Debugged);
+                }
                 Next::End(ending) => {
                     self.over = true;
-                    (self.ended)(ending);
+                    (self.reporter)(Report::Ended(ending));
                 }
             }
         }
@@ -148,8 +162,11 @@ impl Vcpu {
     /// Completes an access that the vCPU left the guest for: one entry that returns at once.
     fn settle(&mut self) {
         self.fd.set_kvm_immediate_exit(1);
-        // The answer is EINTR by design; the pending access was completed on the way.
-        let _ = self.fd.run();
+        // The answer is EINTR by design; the pending access was completed on the way. Only the
+        // end of a debugger's step, if the access was that step, is told instead.
+        if let Ok(VcpuExit::Debug(stop)) = self.fd.run() {
+            self.stop = Some(stop);
+        }
         self.fd.set_kvm_immediate_exit(0);
     }
 }
@@ -167,6 +184,7 @@ fn end_of(exit: &VcpuExit<'_>) -> Next {
             Next::End(Ending::Broken("The guest reported a crash".to_owned()))
         }
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => Next::Obey,
+        VcpuExit::Debug(stop) => Next::Stop(*stop),
         VcpuExit::FailEntry(reason, cpu) => {
             let text = format!("The processor refused to enter the guest: reason {reason:#x} on CPU {cpu}");
             Next::End(Ending::Broken(text))

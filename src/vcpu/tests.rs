@@ -76,10 +76,12 @@ fn machine(
     ports.insert(PORT, 1, bell.clone()).unwrap();
     let buses = Buses { mmio: Arc::new(Bus::new()), ports, milestones: Arc::new(Milestones::default()) };
     let (sender, endings) = mpsc::channel();
-    let ended: Arc<dyn Fn(Ending) + Send + Sync> = Arc::new(move |ending| {
-        let _ = sender.send(ending);
+    let reporter: Reporter = Arc::new(move |report| {
+        if let Report::Ended(ending) = report {
+            let _ = sender.send(ending);
+        }
     });
-    Some((vm, Vcpus::spawn(fds, &buses, &ended).unwrap(), bell, endings))
+    Some((vm, Vcpus::spawn(fds, &buses, &reporter).unwrap(), bell, endings))
 }
 
 #[test]

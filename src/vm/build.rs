@@ -19,6 +19,7 @@ use devices::{
     legacy::{
         i8042::{self, I8042},
         power::{self, Power, PowerEvent},
+        processors,
         pvpanic::{self, PvPanic},
     },
     limiter::{BucketConfig, LimiterConfig},
@@ -44,10 +45,11 @@ use super::{
     host::KvmHost,
     kvm::{self, KvmError},
     memory::{self, MemoryError},
+    processors::Room,
 };
 use crate::{
     metrics::Milestones,
-    vcpu::{Buses, VcpuError, Vcpus},
+    vcpu::{Buses, Report, Reporter, VcpuError, Vcpus},
 };
 
 /// What to build, and who is told.
@@ -56,12 +58,12 @@ pub struct Plan<'a> {
     pub spec: &'a Spec,
     /// Stamped on the way.
     pub milestones: Arc<Milestones>,
-    /// Called, from any thread, when the guest ends.
-    pub ended: Arc<dyn Fn(Ending) + Send + Sync>,
     /// Told of trouble of devices and crashes of the guest.
     pub faults: Arc<Faults>,
     /// Called, from any thread, when the guest has given back what was in a PCI slot.
     pub ejected: hotplug::Ejected,
+    /// Told, from any thread, when the guest ends or meets what a debugger has set.
+    pub reporter: Reporter,
     /// Show a keyboard controller, so that Ctrl+Alt+Del can be pressed. A guest spends some
     /// thirty exits on finding it, so it is there only where somebody can press.
     pub keyboard: bool,
@@ -175,12 +177,22 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     attach_devices(plan, &mut places)?;
     annex.attach(spec, &host, &mut places)?;
 
+    let registers = (config.vcpus_max() > config.vcpu_count)
+        .then(|| Arc::new(processors::Processors::new(config.vcpu_count)));
+    if let Some(registers) = &registers {
+        ports.insert(processors::BASE.into(), processors::LEN.into(), registers.clone())?;
+    }
     let sleep = acpi::Sleep { control: port(power::SLEEP_CONTROL), status: port(power::SLEEP_STATUS) };
     let events = acpi::Events { line: platform.line, status: port(power::EVENT_STATUS) };
     let rsdp = acpi::write(
         &memory,
         &acpi::Description {
             vcpus: config.vcpu_count,
+            processors: registers.is_some().then_some(acpi::Processors {
+                max: config.vcpus_max(),
+                present: processors::PRESENT,
+                inserted: processors::INSERTED,
+            }),
             serial: &serial,
             virtio_mmio: places.pages(),
             pci: pci.is_some().then(pci_host),
@@ -210,8 +222,11 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     }
     template.change_msrs(&fds).map_err(processors)?;
     let buses = Buses { mmio, ports, milestones: Arc::clone(&plan.milestones) };
+    let vcpus = Vcpus::spawn(fds, &buses, &plan.reporter)?;
+    let made_from = ((cpuid, template), (buses, Arc::clone(&plan.reporter)));
     Ok(Vm {
-        vcpus: Vcpus::spawn(fds, &buses, &plan.ended)?,
+        vcpus,
+        room: registers.map(|registers| Room::new(config.vcpus_max(), made_from.0, made_from.1, registers)),
         shape,
         devices: places.take_devices(),
         places,
@@ -222,6 +237,7 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
         pvpanic: platform.pvpanic,
         milestones: Arc::clone(&plan.milestones),
         ram,
+        memory,
         consoles,
         host,
     })
@@ -254,7 +270,7 @@ fn cpuid_of(
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm::call("tell what its processors can do"))?;
     let wanted = cpuid::CpuConfig {
-        vcpus: config.vcpu_count,
+        vcpus: config.vcpus_max(),
         smt: config.smt,
         // A host that cannot tell leaves the guest to measure.
         tsc_khz: first.and_then(|fd| fd.get_tsc_khz().ok()),
@@ -281,12 +297,12 @@ impl Platform {
         ports: &Bus,
         places: &mut Places,
     ) -> Result<Platform, BuildError> {
-        let ended = Arc::clone(&plan.ended);
+        let reporter = Arc::clone(&plan.reporter);
         let callback: power::PowerCallback = Arc::new(move |event| {
-            ended(match event {
+            reporter(Report::Ended(match event {
                 PowerEvent::Off => Ending::Off,
                 PowerEvent::Reset => Ending::Reset,
-            });
+            }));
         });
         let line_of = |gsi| host.line(gsi).map_err(|e| BuildError::Line(gsi, e));
         // The first free line: nothing was attached yet.
@@ -418,6 +434,7 @@ fn pci_host() -> acpi::PciHost {
 // The tables and the registers behind them are written down in two crates; they must agree.
 const _: () = assert!(acpi::POWER_OFF_VALUE >> 2 & 7 == power::S5_TYPE);
 const _: () = assert!(acpi::event::POWER_BUTTON as u32 == power::EVENT_POWER_BUTTON);
+const _: () = assert!(acpi::event::PROCESSORS as u32 == power::EVENT_PROCESSORS);
 const _: () = assert!(acpi::event::GENERATION as u32 == power::EVENT_GENERATION);
 const _: () = assert!(acpi::event::PCI as u32 == power::EVENT_PCI);
 const _: () = assert!(hotplug::INSERTED == 0 && hotplug::WANTED == 4 && hotplug::EJECT == 8);

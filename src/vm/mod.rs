@@ -28,6 +28,7 @@ pub mod host;
 pub mod kvm;
 pub mod memory;
 pub mod plug;
+pub mod processors;
 
 use std::{path::Path, sync::Arc};
 
@@ -138,11 +139,15 @@ pub struct Vm {
     /// Virtio devices by name, in the order the guest finds them.
     pub(crate) devices: Vec<(String, Arc<dyn Transport>)>,
     pub(crate) power: Arc<Power>,
+    /// For processors that can come, if some can.
+    pub(crate) room: Option<processors::Room>,
     pub(crate) keyboard: Option<Arc<I8042>>,
     pub(crate) pvpanic: Option<Arc<PvPanic>>,
     pub(crate) milestones: Arc<Milestones>,
     /// What the machine booted with; kept mapped until the process ends.
     pub(crate) ram: Memory,
+    /// The same with memory that can be plugged in.
+    pub(crate) memory: Memory,
     pub(crate) consoles: console::Consoles,
     /// Where devices can still be put.
     pub(crate) places: attach::Places,
@@ -159,6 +164,11 @@ impl Vm {
         Ok(self.vcpus.run()?)
     }
 
+    /// Before the first run: keeps the guest from running until a debugger lets it.
+    pub fn wait_for_debugger(&self) {
+        self.vcpus.hold_from_the_start();
+    }
+
     /// Stops vCPUs, then devices, where they are.
     pub fn pause(&self) -> Result<(), VmError> {
         self.vcpus.pause()?;
@@ -169,6 +179,31 @@ impl Vm {
     pub fn resume(&self) -> Result<(), VmError> {
         self.each_device(|device| device.resume())?;
         Ok(self.vcpus.run()?)
+    }
+
+    /// Whether processors can come while the machine runs.
+    pub fn has_room_for_vcpus(&self) -> bool {
+        self.room.is_some()
+    }
+
+    /// Adds processors until there are `wanted`. `before_they_run` is called when they are there
+    /// and stand still. The guest is told, and what it does then is its own affair. When that
+    /// fails the machine is as it was.
+    pub fn add_vcpus(
+        &mut self,
+        wanted: u8,
+        before_they_run: impl FnOnce(&mut Vm),
+    ) -> Result<(), processors::AddError> {
+        // At most 64.
+        let have = self.vcpus.count() as u8;
+        let room = self.room.as_mut().ok_or(processors::AddError::Room { wanted, room: have })?;
+        room.fill(wanted, &mut self.vcpus, &self.host)?;
+        before_they_run(self);
+        self.vcpus.run_added()?;
+        if let Some(room) = &self.room {
+            room.announce(have, wanted, &self.power);
+        }
+        Ok(())
     }
 
     /// Presses the power button (ACPI 6.4 section 4.8.2.2.1.2): asks the guest to shut down.

@@ -2,7 +2,7 @@
 //! guest, the host's own files, taps and sockets.
 //!
 //! ```text
-//!   boot  block  net  vsock  hostile  hotplug  api_*  clients   what is tested
+//!   boot  block  net  vsock  hostile  hotplug  vcpus  api_*  clients  debug   what is tested
 //!        |                       |
 //!        v                       |
 //!   vm: Setup -> Vm -> Ended     |            one machine: its process, console and log
@@ -26,6 +26,7 @@ mod api_life;
 mod block;
 mod boot;
 mod clients;
+mod debug;
 mod descriptors;
 mod faults;
 mod guest;
@@ -35,5 +36,6 @@ mod kernel;
 mod net;
 mod process;
 mod side;
+mod vcpus;
 mod vm;
 mod vsock;

@@ -198,6 +198,11 @@ impl Vm {
         }
     }
 
+    /// What the guest has printed so far.
+    pub fn console(&self) -> String {
+        self.console.text()
+    }
+
     /// Types a line.
     pub fn say(&mut self, line: &str) {
         let input = self.input.as_mut().expect("this console takes no input");

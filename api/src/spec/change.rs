@@ -13,6 +13,9 @@ pub struct MachineConfigPatch {
     /// Number of vCPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpu_count: Option<u8>,
+    /// vCPUs that there is room for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpu_count: Option<u8>,
     /// Memory in MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_size_mib: Option<u64>,
@@ -28,6 +31,12 @@ pub struct MachineConfigPatch {
     /// What the processors show, by name. Deprecated; `None` takes a template away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<NamedTemplate>,
+    /// Where gdb can connect to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gdb_socket_path: Option<PathBuf>,
+    /// With a socket for gdb, do not run before gdb has come and said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gdb_wait: Option<bool>,
 }
 
 impl MachineConfigPatch {
@@ -35,11 +44,14 @@ impl MachineConfigPatch {
     pub fn applied_to(&self, config: &MachineConfig) -> MachineConfig {
         MachineConfig {
             vcpu_count: self.vcpu_count.unwrap_or(config.vcpu_count),
+            max_vcpu_count: self.max_vcpu_count.or(config.max_vcpu_count),
             mem_size_mib: self.mem_size_mib.unwrap_or(config.mem_size_mib),
             smt: self.smt.unwrap_or(config.smt),
             track_dirty_pages: self.track_dirty_pages.unwrap_or(config.track_dirty_pages),
             huge_pages: self.huge_pages.unwrap_or(config.huge_pages),
             cpu_template: self.cpu_template.or(config.cpu_template),
+            gdb_socket_path: self.gdb_socket_path.clone().or_else(|| config.gdb_socket_path.clone()),
+            gdb_wait: self.gdb_wait.unwrap_or(config.gdb_wait),
             ..config.clone()
         }
     }

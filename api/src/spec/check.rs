@@ -50,6 +50,15 @@ impl Spec {
         if config.smt && cpus != 1 && !cpus.is_multiple_of(2) {
             return Err(wrong(format!("vcpu_count is {cpus}; with smt it must be 1 or even")));
         }
+        if let Some(max) = config.max_vcpu_count {
+            if !(cpus..=VCPUS_MAX).contains(&max) {
+                let rule = format!("it must be vcpu_count, which is {cpus}, to {VCPUS_MAX}");
+                return Err(wrong(format!("max_vcpu_count is {max}; {rule}")));
+            }
+            if config.smt && max != 1 && !max.is_multiple_of(2) {
+                return Err(wrong(format!("max_vcpu_count is {max}; with smt it must be 1 or even")));
+            }
+        }
         if memory < MEMORY_MIN_MIB {
             return Err(wrong(format!("mem_size_mib is {memory}; it must be at least {MEMORY_MIN_MIB}")));
         }
