@@ -6,7 +6,7 @@
 //!                                               container ── disks, etc, network, cgroup
 //!   power     the end                              │         plan: the container's mounts
 //!                                               launch ── program ── child ── init
-//!   process   table, reaping                       │
+//!   process   table, reaping                       │     processors: those that come later
 //!   streams   stdin, stdout, stderr             archive   files in and out
 //! ```
 //!
@@ -30,6 +30,7 @@ mod network;
 mod plan;
 mod power;
 mod process;
+mod processors;
 mod program;
 mod serve;
 mod streams;
@@ -157,6 +158,7 @@ impl Agent {
             // a signal to us.
             unsafe { libc::reboot(libc::RB_DISABLE_CAD) };
             power::watch_button(self.server.power.clone(), container);
+            processors::watch();
         }
         self.server.listen(listener)
     }

@@ -59,7 +59,7 @@ pub fn find(serial: &str) -> Result<Device, Failure> {
 }
 
 /// A socket on which the kernel announces devices (`NETLINK_KOBJECT_UEVENT`).
-fn listen() -> io::Result<OwnedFd> {
+pub fn listen() -> io::Result<OwnedFd> {
     let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: socket has no memory arguments.
     let socket = owned(unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_KOBJECT_UEVENT) })?;
