@@ -122,3 +122,37 @@ fn a_guest_that_ended_takes_an_nmi_and_is_not_entered_again() {
     assert_eq!(bell.0.load(Ordering::SeqCst), 0);
     vcpus.finish();
 }
+
+#[test]
+fn vcpus_that_come_later_run_with_the_others_and_stand_still_with_them() {
+    // hlt, again and again; interrupts are off.
+    let Some((vm, mut vcpus, _bell, _endings)) = machine(1, true, &[0xf4, 0xeb, 0xfd]) else { return };
+    let late = |vcpus: &mut Vcpus| {
+        let fd = vm.create_vcpu(vcpus.count() as u64).unwrap();
+        let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let buses = Buses { mmio, ports, milestones: Arc::new(Milestones::default()) };
+        let reporter: Reporter = Arc::new(|_| ());
+        assert!(vcpus.add(vec![fd], &buses, &reporter).is_ok());
+    };
+    let stands = |vcpus: &Vcpus, index| vcpus.on(index, |_| ()).is_ok();
+    vcpus.run().unwrap();
+    late(&mut vcpus);
+    assert!(stands(&vcpus, 1) && !stands(&vcpus, 0));
+    vcpus.run_added().unwrap();
+    assert!(!stands(&vcpus, 1));
+    // Those of a machine that is paused, or held by a debugger, wait with it.
+    vcpus.pause().unwrap();
+    late(&mut vcpus);
+    vcpus.run_added().unwrap();
+    assert!((0..3).all(|index| stands(&vcpus, index)));
+    vcpus.hold().unwrap();
+    vcpus.run().unwrap();
+    late(&mut vcpus);
+    vcpus.run_added().unwrap();
+    assert!((0..4).all(|index| stands(&vcpus, index)));
+    vcpus.release(1 << 2).unwrap();
+    assert!(!stands(&vcpus, 3) && stands(&vcpus, 2));
+    vcpus.nmi().unwrap();
+    assert_eq!(vcpus.count(), 4);
+    vcpus.finish();
+}

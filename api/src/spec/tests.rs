@@ -37,6 +37,15 @@ fn every_broken_rule_is_named() {
         (r#""machine-config": {"vcpu_count": 0, "mem_size_mib": 128}"#, "vcpu_count is 0"),
         (r#""machine-config": {"vcpu_count": 65, "mem_size_mib": 128}"#, "vcpu_count is 65"),
         (r#""machine-config": {"vcpu_count": 3, "mem_size_mib": 128, "smt": true}"#, "1 or even"),
+        (
+            r#""machine-config": {"vcpu_count": 4, "max_vcpu_count": 2, "mem_size_mib": 128}"#,
+            "max_vcpu_count is 2; it must be vcpu_count, which is 4, to 64",
+        ),
+        (r#""machine-config": {"vcpu_count": 4, "max_vcpu_count": 65, "mem_size_mib": 128}"#, "is 65"),
+        (
+            r#""machine-config": {"vcpu_count": 2, "max_vcpu_count": 5, "mem_size_mib": 128, "smt": true}"#,
+            "max_vcpu_count is 5; with smt",
+        ),
         (r#""machine-config": {"vcpu_count": 1, "mem_size_mib": 15}"#, "at least 16"),
         (r#""machine-config": {"vcpu_count": 1, "mem_size_mib": 17592186044416}"#, "64 TiB"),
         (r#""machine-config": {"vcpu_count": 1, "mem_size_mib": 17, "huge_pages": "2M"}"#, "must be even"),
