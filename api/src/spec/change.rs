@@ -13,7 +13,7 @@ pub struct MachineConfigPatch {
     /// Number of vCPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpu_count: Option<u8>,
-    /// vCPUs that there is room for.
+    /// vCPUs that there is room for. *Ours.*
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vcpu_count: Option<u8>,
     /// Memory in MiB.
@@ -34,7 +34,7 @@ pub struct MachineConfigPatch {
     /// Where gdb can connect to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gdb_socket_path: Option<PathBuf>,
-    /// With a socket for gdb, do not run before gdb has come and said so.
+    /// With a socket for gdb, do not run before gdb has come and said so. *Ours.*
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gdb_wait: Option<bool>,
 }
