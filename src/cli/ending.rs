@@ -34,7 +34,7 @@ const AFTER_KEEPER: Duration = Duration::from_secs(5);
 /// Whether the machine's processes have nothing to do any more.
 pub fn is_over(machine: &mut Machine) -> bool {
     // A record that cannot be read is that of a machine which was removed.
-    machine.reload().is_err() || matches!(machine.record.status(), Status::Exited | Status::Dead)
+    machine.reload().is_err() || matches!(machine.status(), Status::Exited | Status::Dead)
 }
 
 /// Waits until the machine's end is recorded; false when `limit` is over before.

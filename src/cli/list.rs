@@ -7,7 +7,7 @@ use super::{
     failure::Outcome,
     output::{self, Format, Table},
     remote::Host,
-    state::{Record, State, Status},
+    state::{Machine, Record, State, Status},
     when,
 };
 
@@ -68,7 +68,11 @@ pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
 
 /// The machines of this host, the newest first; those that ended only when `all` are wanted.
 pub fn rows(state: &State, all: bool) -> Outcome<Vec<Row>> {
-    let rows = state.machines()?.iter().map(|machine| row(&machine.record)).collect::<Vec<_>>();
+    let seen = |mut machine: Machine| {
+        let status = machine.status();
+        row(&machine.record, status)
+    };
+    let rows: Vec<Row> = state.machines()?.into_iter().map(seen).collect();
     let shown = |row: &Row| all || matches!(row.status, Status::Running | Status::Created);
     Ok(rows.into_iter().filter(shown).collect())
 }
@@ -84,10 +88,9 @@ impl Row {
     }
 }
 
-fn row(record: &Record) -> Row {
+fn row(record: &Record, status: Status) -> Row {
     let time = |seconds: u64| when::rfc3339(seconds.saturating_mul(1000));
     let end = record.end.as_ref();
-    let status = record.status();
     Row {
         id: record.id.clone(),
         name: record.name.clone(),
@@ -184,7 +187,7 @@ mod tests {
     #[test]
     fn a_row_fits_a_screen_and_ends_with_the_exit_code() {
         let record = record();
-        let text = table(&[row(&record)], false).text();
+        let text = table(&[row(&record, record.status())], false).text();
         let line = text.lines().nth(1).unwrap();
         assert!(line.starts_with("0123456789ab   web"), "{line}");
         assert!(
@@ -192,15 +195,15 @@ mod tests {
             "{line}"
         );
         assert!(line.contains("echo\u{FFFD}hello") && line.contains("Exited (3)"), "{line}");
-        assert!(table(&[row(&record)], true).text().contains(&record.id));
+        assert!(table(&[row(&record, record.status())], true).text().contains(&record.id));
     }
 
     #[test]
     fn a_machine_without_an_end_and_without_processes_is_dead() {
         let mut record = record();
         record.end = None;
-        assert_eq!(status(&row(&record)), "Dead");
-        let json = serde_json::to_value(row(&record)).unwrap();
+        assert_eq!(status(&row(&record, record.status())), "Dead");
+        let json = serde_json::to_value(row(&record, record.status())).unwrap();
         assert_eq!(json["status"], "dead");
         assert_eq!(json["exit_code"], serde_json::Value::Null);
     }

@@ -229,6 +229,18 @@ impl Machine {
         Ok(())
     }
 
+    /// Where it stands now. A machine that seems dead is looked at once more: its keeper may have
+    /// written the end down, and gone, since the record was read.
+    pub fn status(&mut self) -> Status {
+        match self.record.status() {
+            Status::Dead => match self.reload() {
+                Ok(()) => self.record.status(),
+                Err(_) => Status::Dead,
+            },
+            status => status,
+        }
+    }
+
     /// Tells those who hold [`Machine::ending`] how it ended, also when it is removed next.
     pub fn announce(&self, code: u8) {
         let file = File::options().write(true).open(self.file(ENDING));
@@ -399,17 +411,9 @@ pub fn now() -> u64 {
 
 fn read_record(dir: &Path) -> Outcome<Record> {
     let path = dir.join("machine.json");
-    let read = || {
-        let text = doing(fs::read(&path), || format!("{} cannot be read", path.display()))?;
-        serde_json::from_slice::<Record>(&text)
-            .map_err(|e| Failure::because(format!("{} is not a machine's record", path.display()), &e))
-    };
-    let record = read()?;
-    match record.end {
-        // A keeper that writes the end down and goes, in between, looks as if it had said nothing.
-        None if record.status() == Status::Dead => read(),
-        _ => Ok(record),
-    }
+    let text = doing(fs::read(&path), || format!("{} cannot be read", path.display()))?;
+    serde_json::from_slice(&text)
+        .map_err(|e| Failure::because(format!("{} is not a machine's record", path.display()), &e))
 }
 
 fn check_name(name: &str) -> Outcome<()> {

@@ -72,7 +72,7 @@ impl Watcher {
         let service = Arc::clone(&self.service);
         let read = tokio::task::spawn_blocking(move || service.state.machines().unwrap_or_default());
         let machines = read.await.unwrap_or_default();
-        for machine in &machines {
+        for machine in machines.clone() {
             self.compare(machine).await;
         }
         let there = |id: &String| machines.iter().any(|machine| machine.record.id == *id);
@@ -86,9 +86,9 @@ impl Watcher {
         self.service.hub.nudge();
     }
 
-    async fn compare(&mut self, machine: &Machine) {
+    async fn compare(&mut self, mut machine: Machine) {
+        let status = machine.status();
         let record = &machine.record;
-        let status = record.status();
         let hub = &self.service.hub;
         let add =
             |kind: &str, details: Map<String, Value>| hub.add(&record.name, &record.id, event(kind, details));
