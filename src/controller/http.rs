@@ -53,6 +53,9 @@ impl Controller {
         for (kind, details) in std::mem::take(&mut self.unannounced) {
             self.events.add(kind, details, Some(server));
         }
+        for (ticket, response) in self.removals.unanswered.drain(..) {
+            server.answer(ticket, &response);
+        }
         self.waiting.retain(|ticket| server.is_open(*ticket));
     }
 

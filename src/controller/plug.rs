@@ -58,6 +58,8 @@ pub(super) struct Removals {
     pending: Vec<Removal>,
     /// When the guest is told again, and how often still.
     reminder: Option<(Instant, u32)>,
+    /// Answers for which the server has to come back first.
+    pub(super) unanswered: Vec<(Ticket, Response)>,
 }
 
 impl Removals {
@@ -123,7 +125,7 @@ impl Controller {
         handed.keep(gift)?;
         let mmds = self.mmds.clone();
         let Some(live) = &mut self.live else { return Ok(Reply::Done) };
-        live.vm.slot_of(Kind::Drive, "").map_err(|e| Fault::from_error(e.kind(), &e))?;
+        live.vm.has_slots().map_err(|e| Fault::from_error(e.kind(), &e))?;
         let mut spec = self.spec.clone();
         let (kind, id, extra) = match request {
             Request::PutDrive(drive) => {
@@ -283,9 +285,12 @@ impl Controller {
     }
 
     fn answer_all(&mut self, waiting: Vec<Ticket>, response: &Response) {
-        let Some(server) = &mut self.server else { return };
         for ticket in waiting {
-            server.answer(ticket, response);
+            match &mut self.server {
+                Some(server) => drop(server.answer(ticket, response)),
+                // It is calling, and gets this when it has done so.
+                None => self.removals.unanswered.push((ticket, response.clone())),
+            }
         }
     }
 }
@@ -355,5 +360,74 @@ fn drop_from(spec: &mut Spec, kind: Kind, id: &str) {
             spec.mmds_config = spec.mmds_config.take().filter(|mmds| !mmds.network_interfaces.is_empty());
         }
         Kind::Entropy => spec.entropy = None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use api::spec::{Drive, Entropy, MmdsConfig, NetworkInterface, Pmem};
+
+    use super::*;
+
+    fn card(id: &str, mac: Option<&str>) -> NetworkInterface {
+        let text = json!({ "iface_id": id, "host_dev_name": "tap0", "guest_mac": mac });
+        serde_json::from_value(text).unwrap()
+    }
+
+    fn spec() -> Spec {
+        Spec {
+            drives: vec![Drive { drive_id: "root".to_owned(), is_root_device: true, ..Drive::default() }],
+            pmem: vec![Pmem { id: "p".to_owned(), ..Pmem::default() }],
+            network_interfaces: vec![card("eth0", Some("06:00:00:00:00:0A")), card("eth1", None)],
+            entropy: Some(Entropy::default()),
+            mmds_config: Some(MmdsConfig {
+                network_interfaces: vec!["eth0".to_owned(), "eth1".to_owned()],
+                ..MmdsConfig::default()
+            }),
+            ..Spec::default()
+        }
+    }
+
+    #[test]
+    fn an_id_is_taken_among_its_own_kind() {
+        let spec = spec();
+        for (kind, id) in [(Kind::Drive, "root"), (Kind::Pmem, "p"), (Kind::NetworkInterface, "eth0")] {
+            let fault = must_be_new(&spec, kind, id).unwrap_err();
+            assert!(fault.message.starts_with("Device ID in use"), "{fault}");
+            must_be_new(&spec, kind, "other").unwrap();
+        }
+        must_be_new(&spec, Kind::Pmem, "root").unwrap();
+        assert!(must_be_new(&spec, Kind::Entropy, "entropy").is_err());
+        assert!(is_root(&spec, Kind::Drive, "root") && !is_root(&spec, Kind::Pmem, "p"));
+    }
+
+    #[test]
+    fn what_only_a_start_can_have_does_not_come_late() {
+        let spec = spec();
+        let refused = |extra: Extra<'_>| can_come_late(&spec, extra).unwrap_err().message;
+        assert!(refused(Extra::Drive(&spec.drives[0])).contains("root device"));
+        assert!(refused(Extra::Pmem(&Pmem { root_device: true, ..Pmem::default() })).contains("root device"));
+        let same = card("eth2", Some("06:00:00:00:00:0a"));
+        assert!(refused(Extra::NetworkInterface(&same, None)).contains("already in use by interface \"eth0\""));
+        let inherited = NetworkInterface { host_dev_fd: Some(7), ..card("eth2", None) };
+        assert!(refused(Extra::NetworkInterface(&inherited, None)).contains("host_dev_name"));
+        can_come_late(&spec, Extra::NetworkInterface(&card("eth2", None), None)).unwrap();
+    }
+
+    #[test]
+    fn a_removed_device_leaves_nothing_in_the_specification() {
+        let mut spec = spec();
+        drop_from(&mut spec, Kind::NetworkInterface, "eth0");
+        assert_eq!(spec.mmds_config.as_ref().unwrap().network_interfaces, ["eth1"]);
+        for (kind, id) in [
+            (Kind::NetworkInterface, "eth1"),
+            (Kind::Drive, "root"),
+            (Kind::Pmem, "p"),
+            (Kind::Entropy, "entropy"),
+        ] {
+            drop_from(&mut spec, kind, id);
+        }
+        assert_eq!(spec, Spec::default());
+        spec.check_parts().unwrap();
     }
 }

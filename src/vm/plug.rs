@@ -74,7 +74,7 @@ impl Vm {
     /// Adds a device, running or paused, and tells the guest. Nothing is changed when it fails.
     /// Descriptors that came for it are in `handed`.
     pub fn add(&mut self, extra: Extra<'_>, handed: &Handed) -> Result<(), BuildError> {
-        self.places.hotplug()?;
+        self.has_slots()?;
         let (name, device) = match extra {
             Extra::Drive(drive) => (drive.drive_id.as_str(), build::disk(drive, handed)?),
             Extra::Pmem(pmem) => (pmem.id.as_str(), self.annex.add(self.host.vm(), pmem)?),
@@ -97,9 +97,14 @@ impl Vm {
         Ok(())
     }
 
+    /// Whether devices can come and go at all.
+    pub fn has_slots(&self) -> Result<(), AttachError> {
+        self.places.hotplug().map(|_| ())
+    }
+
     /// The slot of a device; `None` when there is no such device.
     pub fn slot_of(&self, kind: Kind, name: &str) -> Result<Option<u8>, AttachError> {
-        self.places.hotplug()?;
+        self.has_slots()?;
         Ok(match self.device(kind.device(), name).map(|device| device.location()) {
             Some(Location::Pci { slot }) => Some(slot),
             _ => None,

@@ -10,6 +10,7 @@ use std::{
 
 use api::{
     client::{Client, ClientError},
+    http::Method,
     spec::{Drive, Transport},
 };
 use devices::disk::{Disk, DiskOptions};
@@ -344,4 +345,44 @@ fn a_device_is_taken_by_force_from_a_guest_that_stands_still() {
     let ended = vm.succeed();
     ended.is("first", "first");
     ended.is("second", "second");
+}
+
+/// A guest whose kernel knows nothing of ACPI's slots: it keeps its disks, until its drivers let
+/// go of them, as Firecracker's documents tell to do by hand, or until they are taken.
+#[test]
+fn a_guest_that_does_not_hear_keeps_its_disks() {
+    let script = r#"
+        echo ready; read -r word
+        fact kept $(ls -d /dev/vda /dev/vdb | wc -l)
+        echo 1 > /sys/bus/pci/devices/0000:00:01.0/remove
+        echo removed; read -r word"#;
+    let mut setup = setup(Kernel::quick(), script).parameters("reboot=k acpiphp.disable=1");
+    let disks = ["first", "second"].map(|name| (name, setup.folder().join(name)));
+    for (name, path) in &disks {
+        random_file(path, 1, 1);
+        setup.spec.drives.push(serde_json::from_value(drive(name, path)).unwrap());
+    }
+    let mut vm = setup.start_with_api();
+    let mut client = vm.client();
+    vm.wait_for("ready\n");
+    refused(client.delete("/drives/first"), "has not given drive \"first\" back within 15 s");
+    assert!(!is_free(&disks[0].1));
+    vm.say("go");
+    vm.wait_for("removed\n");
+    done(client.delete("/drives/first"));
+    assert!(is_free(&disks[0].1));
+
+    // Who waits is answered when somebody else loses patience.
+    let mut patient = Client::unix(vm.socket());
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| patient.delete("/drives/second"));
+        let asked = |client: &mut Client| client.send(Method::Delete, "/drives/second?force=true", b"", &[]);
+        std::thread::sleep(std::time::Duration::from_secs(2));
+        assert_eq!(asked(&mut client).unwrap().status, 204);
+        done(waits.join().unwrap());
+    });
+    assert!(is_free(&disks[1].1));
+    assert_eq!(config(&mut client, "drives"), json!([]));
+    vm.say("go");
+    vm.succeed().is("kept", &2);
 }
