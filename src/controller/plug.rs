@@ -408,7 +408,9 @@ mod tests {
         assert!(refused(Extra::Drive(&spec.drives[0])).contains("root device"));
         assert!(refused(Extra::Pmem(&Pmem { root_device: true, ..Pmem::default() })).contains("root device"));
         let same = card("eth2", Some("06:00:00:00:00:0a"));
-        assert!(refused(Extra::NetworkInterface(&same, None)).contains("already in use by interface \"eth0\""));
+        assert!(
+            refused(Extra::NetworkInterface(&same, None)).contains("already in use by interface \"eth0\"")
+        );
         let inherited = NetworkInterface { host_dev_fd: Some(7), ..card("eth2", None) };
         assert!(refused(Extra::NetworkInterface(&inherited, None)).contains("host_dev_name"));
         can_come_late(&spec, Extra::NetworkInterface(&card("eth2", None), None)).unwrap();
