@@ -2,17 +2,18 @@
 //!
 //! ```text
 //!   guest ─► ECAM window ─► root.rs   slot → Function
-//!   guest ─► ports ────────► hotplug.rs   slots that were filled, slots wanted back
 //!                              │
 //!                              ▼
 //!                          config.rs  256 bytes: header, BARs, capabilities
 //!                          msix.rs    vector table, masks, pending bits ─► Host::message
+//!   guest ─► ports ───────► hotplug.rs  slots that were filled, slots wanted back
 //! ```
 //!
 //! Configuration space is reached by ECAM alone: the operating system finds it in the ACPI
 //! MCFG table, and the old ports 0xcf8 and 0xcfc add exits and nothing else. There is one bus,
-//! without bridges, and each slot has one function. There are no interrupt lines (pin 0):
-//! message-signalled interrupts need no routing table in firmware and no sharing.
+//! without bridges, and each slot but the first, which is empty, has one function. There are no
+//! interrupt lines (pin 0): message-signalled interrupts need no routing table in firmware and no
+//! sharing.
 //!
 //! Whoever builds the machine gives every BAR its address before the guest runs, because there
 //! is no firmware to do so. A guest may move it all the same, and gives addresses itself to what

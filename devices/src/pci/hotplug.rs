@@ -257,9 +257,6 @@ mod tests {
         assert!(rig.present() && rig.ejected.lock().unwrap().is_empty());
         rig.eject(u32::MAX);
         assert!(rig.present() && rig.ejected.lock().unwrap().is_empty(), "there is nothing in 31");
-        let mut bridge = [0; 2];
-        rig.hotplug.root().read(0, &mut bridge);
-        assert_eq!(bridge, [0x36, 0x1b], "the host bridge stays whatever is asked");
     }
 
     #[test]
