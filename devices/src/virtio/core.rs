@@ -177,7 +177,7 @@ pub trait Transport: Send + Sync {
     /// Makes a live change to the device.
     fn update(&self, change: &Change) -> Result<(), DeviceError>;
 
-    /// Whether a driver of the guest holds the device: it wrote a status and did not reset it.
+    /// Whether a driver of the guest holds the device.
     fn driven(&self) -> bool;
 
     /// Takes away all that is behind the registers. They go on answering, and nothing is served.
@@ -394,6 +394,13 @@ impl Core {
     /// Makes a live change.
     pub fn update(&mut self, change: &Change) -> Result<(), DeviceError> {
         self.device.update(change)
+    }
+
+    /// Whether a driver holds the device: it said so, and has neither reset the device since nor
+    /// given it up. That somebody has noticed the device does not count: Linux says that of devices
+    /// that its drivers have let go of.
+    pub fn driven(&self) -> bool {
+        self.status & (status::DRIVER | status::FAILED) == status::DRIVER
     }
 
     /// Stops the device, drops it and tells the driver. What is left answers as before and serves

@@ -205,7 +205,7 @@ impl Transport for MmioTransport {
         self.core().update(change)
     }
     fn driven(&self) -> bool {
-        self.core().status() != 0
+        self.core().driven()
     }
     fn sever(&self) {
         self.core().sever();

@@ -393,7 +393,7 @@ impl Transport for PciTransport {
         self.core().update(change)
     }
     fn driven(&self) -> bool {
-        self.core().status() != 0
+        self.core().driven()
     }
     fn sever(&self) {
         self.core().sever();

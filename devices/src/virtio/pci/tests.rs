@@ -270,6 +270,13 @@ fn lies_in_a_saved_function_are_refused_or_harmless() {
 #[test]
 fn an_unplugged_device_leaves_nothing_behind() {
     let mut rig = rig();
+    assert!(!rig.transport.driven());
+    rig.up();
+    assert!(rig.transport.driven());
+    for let_go in [0, status::ACKNOWLEDGE] {
+        rig.face.set_status(let_go);
+        assert!(!rig.transport.driven(), "{let_go}");
+    }
     rig.up();
     rig.transport.unplug();
     assert!(rig.bench.doorbells().is_empty());
