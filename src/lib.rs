@@ -27,5 +27,6 @@ pub mod phase;
 pub mod serve;
 pub mod server;
 pub mod signals;
+pub mod snapshot;
 pub mod vcpu;
 pub mod vm;
