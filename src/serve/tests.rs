@@ -172,7 +172,14 @@ fn a_tunnel_carries_both_ways_and_ends_by_halves() {
 fn waiting_ends_when_the_record_says_so_and_events_tell_the_story() {
     let bench = Bench::new();
     let mut events = bench.client().lines("/events").unwrap().patience(Some(Duration::from_secs(30)));
+    // While it is made it has no keeper; nobody takes it for dead then.
     let mut machine = bench.machine("abcd", "web");
+    let kept = machine.record.clone();
+    machine.record = Record { keeper: None, started: None, ..kept.clone() };
+    machine.save().unwrap();
+    thread::sleep(Duration::from_millis(50));
+    machine.record = kept;
+    machine.save().unwrap();
     let mut waiter = bench.client();
     let waiting = thread::spawn(move || waiter.post::<Value>("/machines/web/wait", None::<&()>));
     let mut next = |kind: &str| loop {

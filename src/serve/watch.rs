@@ -89,6 +89,10 @@ impl Watcher {
     async fn compare(&mut self, mut machine: Machine) {
         let status = machine.status();
         let record = &machine.record;
+        if (record.keeper, record.started, &record.end) == (None, None, &None) {
+            // It is being made: nobody keeps it yet. It is announced when somebody does.
+            return;
+        }
         let hub = &self.service.hub;
         let add =
             |kind: &str, details: Map<String, Value>| hub.add(&record.name, &record.id, event(kind, details));
