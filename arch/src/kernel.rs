@@ -236,6 +236,12 @@ impl BootFile {
         self.len == 0
     }
 
+    /// Which of the two it is.
+    #[must_use]
+    pub fn what(&self) -> What {
+        self.what
+    }
+
     /// What messages call it.
     #[must_use]
     pub fn name(&self) -> &str {

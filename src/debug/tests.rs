@@ -65,6 +65,7 @@ fn running() -> Option<(VmFd, Guest, Memory, mpsc::Receiver<Report>)> {
         mmio: Arc::new(Bus::new()),
         ports: Arc::new(Bus::new()),
         milestones: Arc::new(Milestones::default()),
+        loading: Arc::new(crate::vm::loading::Loading::done()),
     };
     let (sender, reports) = mpsc::channel();
     let reporter: Reporter = Arc::new(move |report| {

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, atomic::Ordering::Relaxed, mpsc};
 
+use api::{Fault, FaultKind};
 use arch::state::VcpuState;
 use devices::bus::Bus;
 use kvm_bindings::{
@@ -12,7 +13,10 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::{Answer, Immediate, Order, Report, Reporter};
 use crate::{
     metrics::{Exits, Milestone, Milestones},
-    vm::Ending,
+    vm::{
+        Ending,
+        loading::{Loading, LoadingError},
+    },
 };
 
 /// Where the accesses of a vCPU go.
@@ -24,6 +28,8 @@ pub struct Buses {
     pub ports: Arc<Bus>,
     /// Stamped when a vCPU first enters the guest.
     pub milestones: Arc<Milestones>,
+    /// What has to be in memory before.
+    pub loading: Arc<Loading>,
 }
 
 /// What the loop does next.
@@ -73,6 +79,10 @@ impl Vcpu {
                 Some(Order::Run) => {
                     running = true;
                     self.stop = None;
+                    if let Err(error) = self.buses.loading.finish() {
+                        self.give_up(&error);
+                        continue;
+                    }
                     self.buses.milestones.reached(Milestone::FirstRun);
                     continue;
                 }
@@ -122,6 +132,15 @@ impl Vcpu {
             }
         }
         inbox.recv().ok()
+    }
+
+    /// The guest is not entered, for want of a kernel. Who met the error first reports it.
+    fn give_up(&mut self, error: &LoadingError) {
+        self.over = true;
+        if !matches!(error, LoadingError::Before) {
+            let fault = Fault::from_error(FaultKind::Internal, error);
+            (self.reporter)(Report::Ended(Ending::Broken(fault.to_string())));
+        }
     }
 
     fn enter(&mut self) -> Next {

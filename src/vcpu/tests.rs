@@ -74,7 +74,12 @@ fn machine(
 
     let (bell, ports) = (Arc::new(Bell::default()), Arc::new(Bus::new()));
     ports.insert(PORT, 1, bell.clone()).unwrap();
-    let buses = Buses { mmio: Arc::new(Bus::new()), ports, milestones: Arc::new(Milestones::default()) };
+    let buses = Buses {
+        mmio: Arc::new(Bus::new()),
+        ports,
+        milestones: Arc::new(Milestones::default()),
+        loading: Arc::new(crate::vm::loading::Loading::done()),
+    };
     let (sender, endings) = mpsc::channel();
     let reporter: Reporter = Arc::new(move |report| {
         if let Report::Ended(ending) = report {
@@ -130,7 +135,8 @@ fn vcpus_that_come_later_run_with_the_others_and_stand_still_with_them() {
     let late = |vcpus: &mut Vcpus| {
         let fd = vm.create_vcpu(vcpus.count() as u64).unwrap();
         let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        let buses = Buses { mmio, ports, milestones: Arc::new(Milestones::default()) };
+        let loading = Arc::new(crate::vm::loading::Loading::done());
+        let buses = Buses { mmio, ports, milestones: Arc::new(Milestones::default()), loading };
         let reporter: Reporter = Arc::new(|_| ());
         assert!(vcpus.add(vec![fd], &buses, &reporter).is_ok());
     };

@@ -44,6 +44,7 @@ use super::{
     handed::Handed,
     host::KvmHost,
     kvm::{self, KvmError},
+    loading::{self, Files, Loading},
     memory::{self, MemoryError},
     processors::Room,
 };
@@ -87,6 +88,9 @@ pub enum BuildError {
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// Reading them.
+    #[error(transparent)]
+    Loading(#[from] loading::LoadingError),
     /// Processors.
     #[error("The machine's processors cannot be made")]
     Processors(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -137,12 +141,13 @@ fn processors<E: std::error::Error + Send + Sync + 'static>(error: E) -> BuildEr
     BuildError::Processors(Box::new(error))
 }
 
-/// Builds the machine that `plan` describes, with its kernel in memory. Nothing runs yet.
+/// Builds the machine that `plan` describes. Nothing runs yet, and its kernel is brought into memory
+/// by the first vCPU that runs.
 pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let spec = plan.spec;
     let config = &spec.machine_config;
     // The files come first: a missing one is the likeliest mistake and the cheapest to find.
-    let files = Files::open(spec)?;
+    let files = open_files(spec)?;
     let mut annex = Annex::open(spec)?;
     let template = cpu::template(spec).map_err(processors)?;
     let kvm = kvm::open_for(&template)?;
@@ -205,23 +210,29 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
             ..Default::default()
         },
     )?;
-    let loaded = boot::load(
-        &memory,
-        boot::Payload {
-            kernel: &files.kernel,
-            initrd: files.initrd.as_ref(),
-            command_line: &command_line(spec)?,
-            entry: boot::EntryChoice::Auto,
-            ram: config.mem_size_mib << 20,
-            rsdp: Some(rsdp),
-        },
-    )?;
+    let command_line = command_line(spec)?;
+    let boot_plan = boot::Plan::new(boot::Payload {
+        kernel: &files.kernel,
+        initrd: files.initrd.as_ref(),
+        command_line: &command_line,
+        entry: boot::EntryChoice::Auto,
+        ram: config.mem_size_mib << 20,
+        rsdp: Some(rsdp),
+    })?;
+    let loaded = boot_plan.finish(&memory)?;
+    let parts = loading::parts(&boot_plan);
+    let loading = Loading::ahead(files, parts, memory.clone());
+    if config.gdb_socket_path.is_some() {
+        // A debugger looks at memory, and changes it, before the guest runs.
+        loading.finish()?;
+    }
     for (index, fd) in (0..).zip(&fds) {
         let cpuid = cpuid.for_vcpu(index).map_err(processors)?;
         regs::configure_vcpu(fd, index, &cpuid, &loaded).map_err(processors)?;
     }
     template.change_msrs(&fds).map_err(processors)?;
-    let buses = Buses { mmio, ports, milestones: Arc::clone(&plan.milestones) };
+    let milestones = Arc::clone(&plan.milestones);
+    let buses = Buses { mmio, ports, milestones, loading: Arc::new(loading) };
     let vcpus = Vcpus::spawn(fds, &buses, &plan.reporter)?;
     let made_from = ((cpuid, template), (buses, Arc::clone(&plan.reporter)));
     Ok(Vm {
@@ -243,21 +254,14 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     })
 }
 
-/// What is read from files before anything is built.
-struct Files {
-    kernel: BootFile,
-    initrd: Option<BootFile>,
-}
-
-impl Files {
-    fn open(spec: &Spec) -> Result<Files, BootError> {
-        let source = &spec.boot_source;
-        let open_initrd = |path: &PathBuf| BootFile::open(What::Initrd, path);
-        Ok(Files {
-            kernel: BootFile::open(What::Kernel, &source.kernel_image_path)?,
-            initrd: source.initrd_path.as_ref().map(open_initrd).transpose()?,
-        })
-    }
+/// Opens what is to be booted.
+fn open_files(spec: &Spec) -> Result<Files, BootError> {
+    let source = &spec.boot_source;
+    let open_initrd = |path: &PathBuf| BootFile::open(What::Initrd, path);
+    Ok(Files {
+        kernel: BootFile::open(What::Kernel, &source.kernel_image_path)?,
+        initrd: source.initrd_path.as_ref().map(open_initrd).transpose()?,
+    })
 }
 
 fn cpuid_of(

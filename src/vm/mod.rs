@@ -26,6 +26,7 @@ pub mod faults;
 pub mod handed;
 pub mod host;
 pub mod kvm;
+pub mod loading;
 pub mod memory;
 pub mod plug;
 pub mod processors;

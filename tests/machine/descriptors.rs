@@ -48,8 +48,13 @@ fn prepared(transport: Transport, script: &str) -> (Vm, Client) {
     (vm, client)
 }
 
+/// Starts the machine, and holds it once while its kernel is still on its way into memory.
 fn start(client: &mut Client) {
     put(client, "/actions", &json!({ "action_type": "InstanceStart" }), &[]);
+    for state in ["Paused", "Resumed"] {
+        let said: Value = client.patch("/vm", Some(&json!({ "state": state }))).unwrap();
+        assert_eq!(said, Value::Null);
+    }
 }
 
 #[test]
