@@ -76,6 +76,7 @@ from_errors!(
     sandbox::writable::WritableError,
     guest::modules::ModulesError,
     guest::initrd::InitrdError,
+    crate::snapshot::SnapshotError,
 );
 
 impl From<guest::client::ClientError> for Failure {

@@ -27,6 +27,7 @@ pub mod remote;
 pub mod rm;
 pub mod run;
 pub mod serve;
+pub mod snapshot;
 pub mod state;
 pub mod stats;
 pub mod stop;
@@ -79,6 +80,7 @@ enum Command {
     Inspect(inspect::Args),
     Stats(stats::Args),
     Images(images::Args),
+    Snapshot(snapshot::Args),
     Doctor(doctor::Args),
     Serve(serve::Args),
     Certs(serve::CertsArgs),
@@ -133,6 +135,7 @@ fn dispatch(Nacelle { host, tlsdir, command }: Nacelle) -> Outcome<u8> {
     match &command {
         Command::Serve(_) | Command::Certs(_) => return serve::become_service(),
         Command::Doctor(args) => return doctor::run(args),
+        Command::Snapshot(args) => return snapshot::run(args),
         Command::Completion(args) => return completion::run(args),
         Command::Launch => return run::launch(),
         Command::Keep { id } => return Ok(run::keep(id)),

@@ -143,13 +143,18 @@ impl Chain {
 /// What a later diff has to say of `parent` when it is to appear at `child`. The hint only
 /// leads there if the parent lies beside the child or below that directory.
 pub fn parent_of(child: &Path, parent: &Snapshot) -> Parent {
+    let hint = hint_from(child, parent.path());
+    Parent { id: parent.manifest().id, index: parent.manifest().memory.index.digest, hint }
+}
+
+/// The hint with which a snapshot that is to appear at `child` finds the directory `other`.
+pub fn hint_from(child: &Path, other: &Path) -> String {
     let around = child.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let lies = std::fs::canonicalize(parent.path()).unwrap_or_else(|_| parent.path().into());
+    let lies = std::fs::canonicalize(other).unwrap_or_else(|_| other.into());
     let around = std::fs::canonicalize(around).unwrap_or_else(|_| around.into());
     let below = lies.strip_prefix(&around).ok().and_then(Path::to_str);
     let name = lies.file_name().and_then(|n| n.to_str()).unwrap_or("parent");
-    let hint = below.filter(|b| !b.is_empty()).unwrap_or(name).to_owned();
-    Parent { id: parent.manifest().id, index: parent.manifest().memory.index.digest, hint }
+    below.filter(|b| !b.is_empty()).unwrap_or(name).to_owned()
 }
 
 /// Looks where the hint points, then where the caller says, then beside.

@@ -4,7 +4,12 @@
 //! None changes a snapshot in place. A result is written as any snapshot is and appears whole;
 //! a rebased diff takes its own place in one exchange, with its files linked, not copied.
 
-use std::{collections::BTreeSet, ops::ControlFlow, path::Path, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use devices::state::Section;
 
@@ -14,10 +19,10 @@ use super::{
     disk::{Disk, HostDisk},
     draft::{self, Destination, Draft},
     error::doing,
-    extents::{Extents, Gathering, Run},
+    extents::{Extents, Found, Gathering, Run},
     limits::PAGE,
-    manifest,
-    reader::{Search, Snapshot, inspect, list},
+    manifest::{self, Manifest},
+    reader::{Search, Snapshot, follow_hint, inspect, list},
     store::Store,
     writer::{Manner, PIECE, Subject, Watch, Writer, Written, take_file},
 };
@@ -107,8 +112,8 @@ pub fn rebase(path: &Path, parent: &Chain, search: &Search, watch: &dyn Watch) -
         while at < run.end {
             let found = top.extents().find(at);
             let next = match found {
-                super::extents::Found::Until(end) => end.min(run.end),
-                super::extents::Found::AbsentUntil(end) => {
+                Found::Until(end) => end.min(run.end),
+                Found::AbsentUntil(end) => {
                     let end = end.min(run.end);
                     missing.add(Run { start: at, end });
                     end
@@ -139,31 +144,36 @@ pub fn rebase(path: &Path, parent: &Chain, search: &Search, watch: &dyn Watch) -
 /// Removes the snapshot at `path`. Unless `force`, it is an error if a snapshot beside it lies
 /// on it. Its hold on a store is given up, unless a copy of it lies beside it.
 pub fn remove(path: &Path, force: bool) -> Result<(), SnapshotError> {
-    // A damaged snapshot can be removed, too; what it held in a store is found by a collection.
-    let known = inspect(path).ok();
-    let around = std::fs::canonicalize(path).ok().and_then(|p| Some(p.parent()?.to_owned()));
-    let same = std::fs::canonicalize(path).ok();
-    let beside = around.and_then(|around| list(&around).ok()).unwrap_or_default();
-    let others = || beside.iter().filter(|(at, _)| Some(at) != same.as_ref());
-    if let Some(manifest) = known.as_ref().filter(|_| !force) {
-        let id = Some(manifest.id);
-        let copies = others().any(|(_, m)| m.as_ref().is_ok_and(|m| Some(m.id) == id));
-        let lies_on = |m: &manifest::Manifest| m.parent.as_ref().map(|p| p.id) == id;
-        let child = others().find(|(_, m)| m.as_ref().is_ok_and(lies_on)).filter(|_| !copies);
-        if let Some((child, _)) = child {
-            let (path, child) = (path.display(), child.display());
-            let text = format!("{child} lies on {path}; merge or remove that first, or force it");
-            return Err(SnapshotError::Request(text));
-        }
+    if let Some(child) = dependent(path).filter(|_| !force) {
+        let (path, child) = (path.display(), child.display());
+        let text = format!("{child} lies on {path}; merge or remove that first, or force it");
+        return Err(SnapshotError::Request(text));
     }
-    let store = known.as_ref().and_then(|m| {
+    // A damaged snapshot can be removed, too; what it held in a store is found by a collection.
+    let held = inspect(path).ok().and_then(|m| {
         let hint = &m.memory.store.as_ref()?.hint;
-        let copied = others().any(|(_, o)| o.as_ref().is_ok_and(|o| o.id == m.id));
-        let (directory, at) = super::reader::follow_hint(path, hint).ok().filter(|_| !copied)?;
+        let copied = beside(path).iter().any(|(_, other)| other.id == m.id);
+        let (directory, at) = follow_hint(path, hint).ok().filter(|_| !copied)?;
         Some((Store::at(directory, at), m.id))
     });
     draft::remove(&HostDisk, path)?;
-    store.map_or(Ok(()), |(store, id)| store.forget(id))
+    held.map_or(Ok(()), |(store, id)| store.forget(id))
+}
+
+/// A snapshot beside the one at `path` that lies on it, unless a copy of it is there as well.
+pub fn dependent(path: &Path) -> Option<PathBuf> {
+    let id = inspect(path).ok()?.id;
+    let beside = beside(path);
+    let lies_on = |m: &Manifest| m.parent.as_ref().is_some_and(|p| p.id == id);
+    let child = beside.iter().find(|(_, m)| lies_on(m)).map(|(at, _)| at.clone());
+    child.filter(|_| !beside.iter().any(|(_, m)| m.id == id))
+}
+
+/// The other snapshots of the directory that the one at `path` lies in.
+fn beside(path: &Path) -> Vec<(PathBuf, Manifest)> {
+    let Ok(path) = std::fs::canonicalize(path) else { return Vec::new() };
+    let found = path.parent().and_then(|around| list(around).ok()).unwrap_or_default();
+    found.into_iter().filter(|(at, _)| *at != path).filter_map(|(at, m)| Some((at, m.ok()?))).collect()
 }
 
 fn check_same_memory(one: &Snapshot, other: &Snapshot) -> Result<(), SnapshotError> {

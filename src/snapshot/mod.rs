@@ -38,7 +38,7 @@ pub mod store;
 mod tests;
 pub mod writer;
 
-pub use chain::{Chain, Place, parent_of};
+pub use chain::{Chain, Place, hint_from, parent_of};
 pub use digest::{Digest, Id};
 pub use draft::Destination;
 pub use error::SnapshotError;

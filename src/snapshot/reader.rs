@@ -55,8 +55,13 @@ pub struct Snapshot {
 #[derive(Debug)]
 enum Pages {
     File(File),
-    /// The store, and the chunk that was read last.
-    Store(Store, Mutex<Option<(u64, Arc<Vec<u8>>)>>),
+    Store {
+        store: Store,
+        /// Numbers of the chunks that have hashes, in the order of the hashes.
+        numbers: Vec<u64>,
+        /// The chunk that was read last.
+        last: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
+    },
 }
 
 /// What verifying found to be right.
@@ -82,7 +87,11 @@ impl Snapshot {
         let index = Index::decode(&bytes, memory.size, memory.chunk_size, memory.hashed).map_err(damaged)?;
         let pages = match (&memory.file, &memory.store) {
             (Some(name), _) => Pages::File(open_memory(&directory, path, name, memory.size)?),
-            (None, Some(store)) => Pages::Store(find_store(path, &store.hint, search)?, Mutex::default()),
+            (None, Some(store)) => Pages::Store {
+                store: find_store(path, &store.hint, search)?,
+                numbers: index.extents.chunks(memory.chunk_size).collect(),
+                last: Mutex::default(),
+            },
             (None, None) => return Err(damaged("it has no pages".to_owned())),
         };
         Ok(Snapshot { path: path.into(), directory, manifest, index, pages })
@@ -113,7 +122,7 @@ impl Snapshot {
     pub fn memory_file(&self) -> Option<&File> {
         match &self.pages {
             Pages::File(file) => Some(file),
-            Pages::Store(..) => None,
+            Pages::Store { .. } => None,
         }
     }
 
@@ -121,7 +130,7 @@ impl Snapshot {
     pub fn store(&self) -> Option<&Store> {
         match &self.pages {
             Pages::File(_) => None,
-            Pages::Store(store, _) => Some(store),
+            Pages::Store { store, .. } => Some(store),
         }
     }
 
@@ -161,7 +170,7 @@ impl Snapshot {
         }
         match &self.pages {
             Pages::File(file) => doing(file.read_exact_at(buffer, offset), || self.cannot_read()),
-            Pages::Store(..) => self.read_chunks(offset, buffer),
+            Pages::Store { .. } => self.read_chunks(offset, buffer),
         }
     }
 
@@ -183,32 +192,18 @@ impl Snapshot {
 
     /// The present pages of a chunk, checked against its hash.
     fn chunk(&self, number: u64) -> Result<Arc<Vec<u8>>, SnapshotError> {
-        let Pages::Store(store, last) = &self.pages else { return Err(self.no_chunk(number)) };
+        let Pages::Store { store, numbers, last } = &self.pages else { return Err(self.no_chunk(number)) };
         let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, bytes)) = last.as_ref().filter(|(at, _)| *at == number) {
             return Ok(Arc::clone(bytes));
         }
         let chunks = self.index.extents.inside(self.index.window(number));
         let length: u64 = chunks.map(Run::len).sum();
-        let at = self.position(number).ok_or_else(|| self.no_chunk(number))?;
+        let at = numbers.binary_search(&number).map_err(|_| self.no_chunk(number))?;
         let digest = self.index.hashes.get(at).ok_or_else(|| self.no_chunk(number))?;
         let bytes = Arc::new(doing(store.get(*digest, length as usize), || self.cannot_read())?);
         *last = Some((number, Arc::clone(&bytes)));
         Ok(bytes)
-    }
-
-    /// Which of the hashes is that of chunk `number`.
-    fn position(&self, number: u64) -> Option<usize> {
-        // Chunks without pages have none, so that the position is a count of those before.
-        let before = Run { start: 0, end: self.index.window(number).start };
-        let mut last = None;
-        let mut count = 0usize;
-        for run in self.index.extents.inside(before) {
-            let (first, end) = (run.start / self.index.chunk_size, (run.end - 1) / self.index.chunk_size);
-            count = count.checked_add((end - first) as usize + usize::from(last != Some(first)))?;
-            last = Some(end);
-        }
-        Some(count)
     }
 
     /// Checks the state, and with `full` every chunk and every hole.
