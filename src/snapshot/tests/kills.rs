@@ -30,12 +30,17 @@ fn a_killed_writer_leaves_the_old_one_or_the_new_one_whole() {
     let (mut last, mut changes, mut leftovers) = (first, 0, 0);
     let module = module_path!().split_once("::").unwrap().1;
     let test = format!("{module}::a_killed_writer_leaves_the_old_one_or_the_new_one_whole");
-    for round in 0..ROUNDS {
+    for round in 0..10 * ROUNDS {
+        if round >= ROUNDS && changes > 0 && leftovers > 0 {
+            break;
+        }
         let mut child = Command::new(std::env::current_exe().unwrap());
         child.args(["--exact", &test]).env(VICTIM, &dir).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = child.spawn().unwrap();
-        // Delays that fall everywhere: a creation takes a few milliseconds.
-        std::thread::sleep(Duration::from_micros(4000 + round * 7919 % 24_000));
+        // Delays that fall everywhere: a creation takes a few milliseconds. A host on which no
+        // kill has hit anything yet is given longer ones.
+        let delay = 4000 + round * 7919 % 24_000;
+        std::thread::sleep(Duration::from_micros(delay * (1 + round / ROUNDS)));
         child.kill().unwrap();
         child.wait().unwrap();
         let snapshot = open(&path);
