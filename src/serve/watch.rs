@@ -18,7 +18,8 @@ use crate::cli::state::{Machine, Status};
 
 /// Time between looks without a sign.
 const INTERVAL: Duration = Duration::from_secs(3);
-/// The same where the directory cannot be watched.
+/// The same where the directory cannot be watched, and while a machine is being made: its keeper
+/// may write the record before the machine's own directory is watched.
 const UNWATCHED_INTERVAL: Duration = Duration::from_millis(250);
 /// Signs that come together are answered by one look.
 const SETTLE: Duration = Duration::from_millis(5);
@@ -29,7 +30,7 @@ const LINE_MAX: usize = 64 << 10;
 
 /// Watches for as long as the service lives.
 pub async fn run(service: Arc<Service>) {
-    let mut watcher = Watcher { service, inotify: None, known: HashMap::new(), first: true };
+    let mut watcher = Watcher { service, inotify: None, known: HashMap::new(), making: false, first: true };
     watcher.inotify =
         Inotify::new().inspect_err(|e| say(&format!("Machines are looked at by time: {e}"))).ok();
     loop {
@@ -37,7 +38,8 @@ pub async fn run(service: Arc<Service>) {
         match &watcher.inotify {
             None => tokio::time::sleep(UNWATCHED_INTERVAL).await,
             Some(inotify) => {
-                if tokio::time::timeout(INTERVAL, inotify.sign()).await.is_ok() {
+                let interval = if watcher.making { UNWATCHED_INTERVAL } else { INTERVAL };
+                if tokio::time::timeout(interval, inotify.sign()).await.is_ok() {
                     tokio::time::sleep(SETTLE).await;
                 }
                 inotify.drain();
@@ -50,6 +52,8 @@ struct Watcher {
     service: Arc<Service>,
     inotify: Option<Inotify>,
     known: HashMap<String, Known>,
+    /// A machine has no keeper yet.
+    making: bool,
     /// This is the first look: what is there was there before.
     first: bool,
 }
@@ -72,6 +76,7 @@ impl Watcher {
         let service = Arc::clone(&self.service);
         let read = tokio::task::spawn_blocking(move || service.state.machines().unwrap_or_default());
         let machines = read.await.unwrap_or_default();
+        self.making = false;
         for machine in machines.clone() {
             self.compare(machine).await;
         }
@@ -89,19 +94,20 @@ impl Watcher {
     async fn compare(&mut self, mut machine: Machine) {
         let status = machine.status();
         let record = &machine.record;
+        let before = self.known.get(&record.id).map(|known| known.status);
+        if let (None, Some(inotify)) = (before, &self.inotify) {
+            inotify.watch(&machine.file(""));
+        }
         if (record.keeper, record.started, &record.end) == (None, None, &None) {
             // It is being made: nobody keeps it yet. It is announced when somebody does.
+            self.making = true;
             return;
         }
         let hub = &self.service.hub;
         let add =
             |kind: &str, details: Map<String, Value>| hub.add(&record.name, &record.id, event(kind, details));
-        let before = self.known.get(&record.id).map(|known| known.status);
         match before {
             None => {
-                if let Some(inotify) = &self.inotify {
-                    inotify.watch(&machine.file(""));
-                }
                 let kind = if self.first { "MachineFound" } else { "MachineCreated" };
                 let details = json!({ "status": status, "image": record.image });
                 add(kind, details.as_object().cloned().unwrap_or_default());
