@@ -200,7 +200,8 @@ fn the_units_are_understood_by_systemd() {
         // A program that is there, in the installed one's place.
         let unit = here.dir().join(name);
         fs::write(&unit, text.replace("/usr/bin/nacelle", env!("CARGO_BIN_EXE_nacelle"))).unwrap();
-        let Ok(checked) = Command::new("systemd-analyze").arg("verify").arg(&unit).output() else { continue };
+        let checked = Command::new("systemd-analyze").arg("verify").arg(&unit).output();
+        let checked = checked.expect("systemd is installed");
         let said = String::from_utf8_lossy(&checked.stderr).into_owned();
         assert!(checked.status.success() && !said.contains(name), "{name}: {said}");
     }

@@ -35,15 +35,18 @@ pub const LAB_PACKAGES: [Package; 4] = [
 pub const RUN_PACKAGES: [Package; 2] = [package("busybox-static", "busybox"), package("kmod", "depmod")];
 
 /// What the tests use as the other side or as the judge.
-pub const TEST_PACKAGES: [Package; 9] = [
+pub const TEST_PACKAGES: [Package; 12] = [
     package("busybox-static", "busybox"),
     package("cpio", "cpio"),
+    package("curl", "curl"),
     package("docker-registry", "docker-registry"),
     package("e2fsprogs", "mke2fs"),
     package("erofs-utils", "mkfs.erofs"),
     package("gdb", "gdb"),
     package("iproute2", "ip"),
     package("kmod", "depmod"),
+    package("openssl", "openssl"),
+    package("systemd", "systemd-analyze"),
     package("tar", "tar"),
 ];
 
