@@ -163,24 +163,11 @@ mod tests {
 
     fn record() -> Record {
         Record {
-            id: "0123456789abcdef".repeat(4),
-            name: "web".to_owned(),
             image: "registry.example/a/very/long/path/to/busybox:latest".to_owned(),
-            image_key: String::new(),
             command: vec!["sh".to_owned(), "-c".to_owned(), "echo\nhello".to_owned()],
-            env: Vec::new(),
-            cpus: 1,
-            memory_mib: 128,
-            kernel: "/boot/vmlinux".into(),
-            terminal: false,
-            ephemeral: false,
-            plain: false,
-            stop_signal: 15,
-            created: state::now(),
             started: Some(state::now()),
-            monitor: None,
-            keeper: None,
             end: Some(End { exit_code: 3, reason: None, at: state::now() }),
+            ..Record::example(&"0123456789abcdef".repeat(4), "web")
         }
     }
 

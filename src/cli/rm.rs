@@ -66,24 +66,10 @@ mod tests {
 
     fn machine(state: &State, keeper: Option<ProcessName>, monitor: Option<ProcessName>) -> Machine {
         let record = Record {
-            id: state::fresh_id().unwrap(),
-            name: "one".to_owned(),
-            image: "busybox".to_owned(),
-            image_key: String::new(),
-            command: vec!["true".to_owned()],
-            env: Vec::new(),
-            cpus: 1,
-            memory_mib: 128,
-            kernel: "/boot/vmlinux".into(),
-            terminal: false,
-            ephemeral: false,
-            plain: false,
-            stop_signal: 15,
-            created: state::now(),
             started: Some(state::now()),
             monitor,
             keeper,
-            end: None,
+            ..Record::example(&state::fresh_id().unwrap(), "one")
         };
         state.create(record).unwrap()
     }

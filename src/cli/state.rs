@@ -152,6 +152,31 @@ pub enum Status {
 }
 
 impl Record {
+    /// A machine that nobody keeps yet.
+    #[cfg(test)]
+    pub fn example(id: &str, name: &str) -> Record {
+        Record {
+            id: id.to_owned(),
+            name: name.to_owned(),
+            image: "busybox".to_owned(),
+            image_key: String::new(),
+            command: vec!["true".to_owned()],
+            env: Vec::new(),
+            cpus: 1,
+            memory_mib: 128,
+            kernel: PathBuf::new(),
+            terminal: false,
+            ephemeral: false,
+            plain: false,
+            stop_signal: libc::SIGTERM,
+            created: now(),
+            started: None,
+            monitor: None,
+            keeper: None,
+            end: None,
+        }
+    }
+
     /// Where it stands now.
     pub fn status(&self) -> Status {
         let alive = |p: &Option<ProcessName>| p.as_ref().is_some_and(ProcessName::is_alive);

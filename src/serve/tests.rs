@@ -55,24 +55,9 @@ impl Bench {
     /// A machine that runs as long as this process does.
     fn machine(&self, id: &str, name: &str) -> Machine {
         let record = Record {
-            id: id.repeat(16),
-            name: name.to_owned(),
-            image: "busybox".to_owned(),
-            image_key: String::new(),
-            command: vec!["true".to_owned()],
-            env: Vec::new(),
-            cpus: 1,
-            memory_mib: 128,
-            kernel: PathBuf::new(),
-            terminal: false,
-            ephemeral: false,
-            plain: false,
-            stop_signal: 15,
-            created: now(),
             started: Some(now()),
-            monitor: None,
             keeper: ProcessName::of(std::process::id().cast_signed()),
-            end: None,
+            ..Record::example(&id.repeat(16), name)
         };
         self.state.create(record).unwrap()
     }

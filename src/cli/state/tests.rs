@@ -1,28 +1,5 @@
 use super::*;
 
-fn record(id: &str, name: &str) -> Record {
-    Record {
-        id: id.to_owned(),
-        name: name.to_owned(),
-        image: "busybox".to_owned(),
-        image_key: String::new(),
-        command: vec!["true".to_owned()],
-        env: Vec::new(),
-        cpus: 1,
-        memory_mib: 128,
-        kernel: PathBuf::new(),
-        terminal: false,
-        ephemeral: false,
-        plain: false,
-        stop_signal: 15,
-        created: now(),
-        started: None,
-        monitor: None,
-        keeper: None,
-        end: None,
-    }
-}
-
 fn state() -> (tempfile::TempDir, State) {
     let dir = tempfile::tempdir().unwrap();
     let state = State::at(dir.path().join("state")).unwrap();
@@ -32,8 +9,8 @@ fn state() -> (tempfile::TempDir, State) {
 #[test]
 fn machines_are_found_by_name_id_and_unique_start() {
     let (_dir, state) = state();
-    state.create(record("aaaa11", "one")).unwrap();
-    state.create(record("aaaa22", "two")).unwrap();
+    state.create(Record::example("aaaa11", "one")).unwrap();
+    state.create(Record::example("aaaa22", "two")).unwrap();
     assert_eq!(state.find("two").unwrap().record.id, "aaaa22");
     assert_eq!(state.find("aaaa1").unwrap().record.name, "one");
     assert_eq!(state.find("aaaa11").unwrap().record.name, "one");
@@ -46,26 +23,26 @@ fn machines_are_found_by_name_id_and_unique_start() {
 #[test]
 fn a_name_belongs_to_one_machine_until_it_is_removed() {
     let (_dir, state) = state();
-    let first = state.create(record("a1", "web")).unwrap();
-    let refused = state.create(record("a2", "web")).unwrap_err().message;
+    let first = state.create(Record::example("a1", "web")).unwrap();
+    let refused = state.create(Record::example("a2", "web")).unwrap_err().message;
     assert!(refused.contains("nacelle rm web"), "{refused}");
     first.remove().unwrap();
-    state.create(record("a2", "web")).unwrap();
-    assert!(state.create(record("a3", "../web")).unwrap_err().message.contains("letters"));
+    state.create(Record::example("a2", "web")).unwrap();
+    assert!(state.create(Record::example("a3", "../web")).unwrap_err().message.contains("letters"));
 }
 
 #[test]
 fn made_up_names_differ() {
     let (_dir, state) = state();
-    let first = state.create(record("00aabbccdd", "")).unwrap().record.name;
-    let second = state.create(record("00eeff0011", "")).unwrap().record.name;
+    let first = state.create(Record::example("00aabbccdd", "")).unwrap().record.name;
+    let second = state.create(Record::example("00eeff0011", "")).unwrap().record.name;
     assert_ne!(first, second);
 }
 
 #[test]
 fn a_machine_whose_process_is_gone_is_dead_and_a_reused_number_is_not_taken_for_it() {
     let me = ProcessName::of(std::process::id() as i32).unwrap();
-    let mut one = record("a1", "one");
+    let mut one = Record::example("a1", "one");
     (one.started, one.monitor, one.keeper) = (Some(1), Some(me), Some(me));
     assert_eq!(one.status(), Status::Running);
     let other = Some(ProcessName { started: me.started + 1, ..me });
@@ -81,8 +58,8 @@ fn a_machine_whose_process_is_gone_is_dead_and_a_reused_number_is_not_taken_for_
 #[test]
 fn a_broken_record_is_no_machine_and_hides_no_other() {
     let (_dir, state) = state();
-    let broken = state.create(record("a1", "one")).unwrap();
-    state.create(record("a2", "two")).unwrap();
+    let broken = state.create(Record::example("a1", "one")).unwrap();
+    state.create(Record::example("a2", "two")).unwrap();
     fs::write(broken.file("machine.json"), "{").unwrap();
     let names: Vec<_> = state.machines().unwrap().into_iter().map(|m| m.record.name).collect();
     assert_eq!(names, ["two"]);
@@ -92,7 +69,7 @@ fn a_broken_record_is_no_machine_and_hides_no_other() {
 fn sockets_in_a_users_runtime_directory_have_paths_that_fit() {
     let (dir, state) = state();
     let id = fresh_id().unwrap();
-    let vsock = state.create(record(&id, "one")).unwrap().vsock();
+    let vsock = state.create(Record::example(&id, "one")).unwrap().vsock();
     let inside = vsock.strip_prefix(dir.path()).unwrap();
     let path = Path::new("/run/user/4294967294/nacelle").join(inside);
     // The agent's port is named behind it.
