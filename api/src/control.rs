@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Fault, Spec,
     spec::{
-        Balloon, BalloonPatch, BalloonStatisticsPatch, BootSource, CpuConfig, Drive, DrivePatch, Entropy,
-        HintingStart, LoggerPatch, MachineConfig, MachineConfigPatch, MemoryHotplug, MemoryHotplugPatch,
-        Metrics, MmdsConfig, NetworkInterface, NetworkInterfacePatch, Pmem, PmemPatch, Serial, Vsock,
+        Balloon, BalloonPatch, BalloonStatisticsPatch, BootSource, CpuConfig, CreateSnapshot, Drive,
+        DrivePatch, Entropy, HintingStart, LoadSnapshot, LoggerPatch, MachineConfig, MachineConfigPatch,
+        MemoryHotplug, MemoryHotplugPatch, Metrics, MmdsConfig, NetworkInterface, NetworkInterfacePatch,
+        Pmem, PmemPatch, Serial, SnapshotJob, Vsock,
     },
 };
 
@@ -110,9 +111,15 @@ pub enum Request {
     /// Go on after a pause (`PATCH /vm` to `Resumed`).
     Resume,
     /// Take a snapshot.
-    CreateSnapshot,
+    CreateSnapshot(CreateSnapshot),
     /// Become the machine of a snapshot.
-    LoadSnapshot,
+    LoadSnapshot(Box<LoadSnapshot>),
+    /// The snapshots that are or were being written. *Ours.*
+    SnapshotJobs,
+    /// One of them. *Ours.*
+    SnapshotJob(u64),
+    /// Do not write one any further, and leave nothing of it. *Ours.*
+    CancelSnapshot(u64),
     /// Press the power button: ask the guest to shut itself down. *Ours.*
     PowerButton,
     /// Interrupt all vCPUs unmaskably. *Ours.*
@@ -138,6 +145,8 @@ pub enum Reply {
     MachineConfig(MachineConfig),
     /// The answer to [`Request::Balloon`].
     Balloon(Balloon),
+    /// What was asked for goes on in the background.
+    Begun(SnapshotJob),
     /// A JSON document.
     Json(serde_json::Value),
     /// A text, not JSON.

@@ -8,7 +8,6 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use serde_json::Value;
 
 use crate::{Fault, FaultKind, Reply, Request, explain_json, nearest};
 
@@ -60,6 +59,9 @@ pub const TABLE: &[Route] = &[
     ("PATCH", "/vm"),
     ("PUT", "/snapshot/create"),
     ("PUT", "/snapshot/load"),
+    ("GET", "/snapshot/jobs"),
+    ("GET", "/snapshot/jobs/{id}"),
+    ("DELETE", "/snapshot/jobs/{id}"),
     ("GET", "/vm/counters"),
     ("GET", "/metrics/openmetrics"),
     ("PUT", "/vm/nmi"),
@@ -89,6 +91,10 @@ pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Parsed, Fault> {
     match (method, &segments[..]) {
         ("GET", rest) => read(rest).map_or_else(|| Err(unknown(method, path)), plain),
         ("DELETE", ["entropy"]) => plain(Request::DeleteEntropy),
+        ("DELETE", ["snapshot", "jobs", id]) => match id.parse() {
+            Ok(id) => plain(Request::CancelSnapshot(id)),
+            Err(_) => Err(unknown(method, path)),
+        },
         ("DELETE", [kind, id]) => {
             let id = checked(id)?.to_owned();
             match *kind {
@@ -132,6 +138,8 @@ fn read(segments: &[&str]) -> Option<Request> {
         ["hotplug", "memory"] => Request::MemoryHotplug,
         ["mmds"] => Request::Mmds,
         ["metrics", "openmetrics"] => Request::OpenMetrics,
+        ["snapshot", "jobs"] => Request::SnapshotJobs,
+        ["snapshot", "jobs", id] => Request::SnapshotJob(id.parse().ok()?),
         _ => return None,
     })
 }
@@ -171,8 +179,14 @@ fn put(segments: &[&str], body: &[u8], path: &str) -> Result<Parsed, Fault> {
         }
         ["logger"] => Request::PutLogger(json(body)?),
         ["metrics"] => Request::PutMetrics(json(body)?),
-        ["snapshot", "create"] => json(body).map(|_: Value| Request::CreateSnapshot)?,
-        ["snapshot", "load"] => json(body).map(|_: Value| Request::LoadSnapshot)?,
+        ["snapshot", "create"] => Request::CreateSnapshot(json(body)?),
+        ["snapshot", "load"] => {
+            let load: crate::spec::LoadSnapshot = json(body)?;
+            let old = load.mem_file_path.is_some() || load.enable_diff_snapshots;
+            let text = "PUT /snapshot/load: mem_file_path and enable_diff_snapshots fields are deprecated.";
+            deprecation = old.then_some(text);
+            Request::LoadSnapshot(Box::new(load))
+        }
         ["vm", "nmi"] => nothing(body).map(|()| Request::Nmi)?,
         ["vm", "power-button"] => nothing(body).map(|()| Request::PowerButton)?,
         ["vm", "stop"] => nothing(body).map(|()| Request::Stop)?,
@@ -368,6 +382,7 @@ pub fn render(outcome: &Result<Reply, Fault>) -> Rendered {
         Ok(Reply::Config(spec)) => (200, serde_json::to_vec(spec)),
         Ok(Reply::MachineConfig(config)) => (200, serde_json::to_vec(config)),
         Ok(Reply::Balloon(balloon)) => (200, serde_json::to_vec(balloon)),
+        Ok(Reply::Begun(job)) => (202, serde_json::to_vec(job)),
         Ok(Reply::Json(value)) => (200, serde_json::to_vec(value)),
         Err(fault) => return refusal(if fault.kind == FaultKind::TooLarge { 413 } else { 400 }, fault),
     };
@@ -438,7 +453,7 @@ mod tests {
     fn every_route_of_the_table_is_parsed() {
         let beside = ["/healthz", "/events", "/vm/wait", "/vm/shutdown"];
         for (method, template) in TABLE.iter().filter(|(_, path)| !beside.contains(path)) {
-            let path = template.replace("{id}", "x");
+            let path = template.replace("jobs/{id}", "jobs/1").replace("{id}", "x");
             let body = if matches!(*method, "GET" | "DELETE") { "" } else { "\"nonsense\"" };
             let unknown = parsed(method, &path, body)
                 .is_err_and(|fault| fault.message.starts_with("Invalid request method"));

@@ -14,6 +14,7 @@ mod change;
 mod check;
 mod cpu;
 mod device;
+mod snapshot;
 
 use std::{
     collections::BTreeMap,
@@ -33,6 +34,11 @@ pub use cpu::{
 pub use device::{
     Balloon, CacheType, Console, ConsoleMode, Drive, Entropy, IoEngine, MemoryHotplug, MmdsConfig,
     MmdsVersion, NetworkInterface, Pmem, RateLimiter, Serial, TokenBucket, Vsock,
+};
+pub use snapshot::{
+    Compression, CreateSnapshot, DriveCapture, DriveOverride, JobState, LoadHugePages, LoadSnapshot,
+    MemBackend, MemBackendType, NetworkOverride, PmemOverride, Prefetch, SnapshotJob, SnapshotType,
+    VsockOverride,
 };
 
 use crate::{Fault, FaultKind, explain_json};

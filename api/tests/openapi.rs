@@ -106,6 +106,14 @@ fn objects() -> Vec<Known> {
         MemoryHotplugPatch,
         MmdsConfig,
         VmState,
+        CreateSnapshot,
+        MemBackend,
+        NetworkOverride,
+        VsockOverride,
+        DriveOverride,
+        PmemOverride,
+        LoadSnapshot,
+        SnapshotJob,
         Action,
         CoreDump,
         MachineInfo,
@@ -124,6 +132,13 @@ fn enums() -> Vec<Known> {
         ConsoleMode,
         LogLevel,
         MmdsVersion,
+        SnapshotType,
+        DriveCapture,
+        Compression,
+        MemBackendType,
+        LoadHugePages,
+        Prefetch,
+        JobState,
         WantedState,
         ActionType,
         MachineState,
@@ -228,8 +243,12 @@ fn each_operation_says_when_it_is_allowed_and_what_it_answers() {
         if path == "/mmds" && method != "GET" {
             expected.push("413");
         }
-        if waits || path == "/events" || method == "DELETE" {
+        let job = path.starts_with("/snapshot/jobs");
+        if waits || path == "/events" || (method == "DELETE" && !job) {
             expected.push("503");
+        }
+        if path == "/snapshot/create" {
+            expected.push("202");
         }
         let expected: BTreeSet<String> = expected.into_iter().map(str::to_owned).collect();
         assert_eq!(keys(&operation["responses"]), expected, "{method} {path}");
@@ -246,7 +265,7 @@ fn each_body_has_the_fields_of_the_type_its_route_reads() {
             assert!(body.is_null() || path == "/vm/shutdown", "{method} {path} has a body");
             continue;
         }
-        let at = path.replace("{id}", "x");
+        let at = path.replace("jobs/{id}", "jobs/1").replace("{id}", "x");
         let parse = |bytes: &[u8]| routes::parse(&method, &at, bytes);
         assert_eq!(parse(b"").is_err(), body["required"] == true, "{method} {path} without a body");
         if body.is_null() {

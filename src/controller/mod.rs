@@ -460,6 +460,7 @@ fn verb(request: &Request) -> Verb {
         Request::Info | Request::Version | Request::Config | Request::MachineConfig => Verb::Look,
         Request::Balloon | Request::Mmds | Request::PutMmds(_) | Request::PatchMmds(_) => Verb::Look,
         Request::PutLogger(_) | Request::OpenMetrics => Verb::Look,
+        Request::SnapshotJobs | Request::SnapshotJob(_) | Request::CancelSnapshot(_) => Verb::Look,
         Request::PutBootSource(_)
         | Request::PutMachineConfig(_)
         | Request::PutCpuConfig(_)
@@ -469,7 +470,7 @@ fn verb(request: &Request) -> Verb {
         | Request::PutMemoryHotplug(_)
         | Request::PutMmdsConfig(_)
         | Request::PutMetrics(_)
-        | Request::LoadSnapshot => Verb::Prepare,
+        | Request::LoadSnapshot(_) => Verb::Prepare,
         // Before the start they describe the machine, after it they change it.
         Request::PatchMachineConfig(_)
         | Request::PutDrive(_)
@@ -494,7 +495,7 @@ fn verb(request: &Request) -> Verb {
         | Request::StopHinting
         | Request::PatchMemoryHotplug(_)
         | Request::Nmi => Verb::Change,
-        Request::CreateSnapshot | Request::CoreDump(_) => Verb::Copy,
+        Request::CreateSnapshot(_) | Request::CoreDump(_) => Verb::Copy,
         Request::Start => Verb::Start,
         Request::Pause => Verb::Pause,
         Request::Resume => Verb::Resume,
