@@ -46,7 +46,7 @@ use super::{
 };
 use crate::{
     bus::Registers,
-    limiter::{self, Bucket, BucketConfig},
+    limiter::{self, Bucket, BucketConfig, BucketState},
     state::{Section, StateError},
     virtio::queue::Queue,
     worker::{Handler, HandlerId, Source, Watch, Worker},
@@ -164,7 +164,7 @@ impl Serial {
     }
 
     /// Limits output from now on, or no longer; bytes beyond the limit are dropped and
-    /// counted. The bucket is full at first. It belongs to this process and is not saved.
+    /// counted. The bucket is full at first; its tokens are saved with the port.
     pub fn limit(&self, limit: Option<BucketConfig>) {
         lock(&self.uart).writer_mut().limit = limit.and_then(|config| Bucket::new(config, limiter::now()));
     }
@@ -186,10 +186,13 @@ impl Serial {
         counters
     }
 
-    /// The UART's registers and the input the guest has not read. Output that waits for the
-    /// host's reader stays with this process.
+    /// The UART's registers, the input the guest has not read, and the limit of output with its
+    /// tokens. Output that waits for the host's reader stays with this process.
     pub fn save(&self) -> Section {
-        let state = lock(&self.uart).state();
+        let mut uart = lock(&self.uart);
+        let limit = uart.writer_mut().limit.as_mut().map(|bucket| bucket.save(limiter::now()));
+        let state = uart.state();
+        drop(uart);
         let saved = Saved {
             divisor: [state.baud_divisor_low, state.baud_divisor_high],
             interrupt_enable: state.interrupt_enable,
@@ -199,23 +202,25 @@ impl Serial {
             modem_status: state.modem_status,
             scratch: state.scratch,
             input: state.in_buffer,
+            limit,
         };
         Section::new(KIND, 1, &saved)
     }
 
-    /// Takes over saved registers. A pending interrupt is raised again, because the one that
+    /// Takes over saved registers and the saved limit. A pending interrupt is raised again, because the one that
     /// was raised may have been under way (a lost transmit interrupt stops a driver for good).
     pub fn restore(&self, section: &Section) -> Result<(), StateError> {
         let saved: Saved = section.open(KIND, 1)?;
+        let impossible = |reason: String| StateError::Impossible { kind: KIND, reason };
         let listens = saved.interrupt_enable & IER_RECEIVE != 0;
+        let limit = saved.limit.map(|bucket| Bucket::restore(&bucket, limiter::now())).transpose();
+        let limit = limit.map_err(impossible)?;
         let state = saved.check()?;
         {
             let mut uart = lock(&self.uart);
             let line = uart.interrupt_evt().0.try_clone();
-            let impossible = |reason: String| StateError::Impossible { kind: KIND, reason };
             let line = Line(line.map_err(|e| impossible(format!("no descriptor for its interrupt: {e}")))?);
             let (wire, limited) = (Arc::clone(&self.wire), Arc::clone(&self.limited));
-            let limit = uart.writer_mut().limit.clone();
             let sender = Sender { wire, backlog: false, limit, limited };
             let events = uart.events().clone();
             *uart = Uart::from_state(&state, line, events, sender).map_err(|e| impossible(e.to_string()))?;
@@ -333,6 +338,8 @@ struct Saved {
     modem_status: u8,
     scratch: u8,
     input: Vec<u8>,
+    /// Limit of output, if there is one, with its tokens.
+    limit: Option<BucketState>,
 }
 
 impl Saved {

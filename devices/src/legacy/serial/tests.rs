@@ -218,13 +218,14 @@ fn output_beyond_the_limit_is_dropped_and_counted() {
     rig.print(b"0123456789");
     assert_eq!(std::fs::read(&path).unwrap(), b"0123456");
     assert_eq!(rig.counter("rate_limiter_dropped_bytes"), 3);
-    rig.serial.restore(&rig.serial.save()).unwrap();
-    rig.print(b"x");
-    assert_eq!(rig.counter("rate_limiter_dropped_bytes"), 4, "restored registers do not fill the bucket");
+    let saved = rig.serial.save();
     rig.serial.limit(Some(bucket(0)));
     rig.print(b"all of this");
     assert_eq!(std::fs::read(&path).unwrap(), b"0123456all of this");
     assert_eq!(rig.counter("dropped_bytes"), 0, "the reader is not to blame");
+    rig.serial.restore(&saved).unwrap();
+    rig.print(b"x");
+    assert_eq!(rig.counter("rate_limiter_dropped_bytes"), 4, "the limit came back, and its bucket is empty");
 }
 
 #[test]
@@ -232,10 +233,14 @@ fn impossible_state_is_refused_and_changes_nothing() {
     let rig = rig(&Output::None);
     rig.put(7, 0x5a);
     let saved: Saved = rig.serial.save().open(KIND, 1).unwrap();
+    let config = BucketConfig { size: 8, one_time_burst: 0, refill_time_ms: 1000 };
+    let bucket = Bucket::new(config, 0).unwrap().save(0);
     for broken in [
         Saved { input: vec![0; FIFO + 1], ..saved.clone() },
         Saved { interrupt_identification: 0x80, ..saved.clone() },
         Saved { interrupt_enable: 0x10, ..saved.clone() },
+        Saved { limit: Some(BucketState { budget: 9, ..bucket }), ..saved.clone() },
+        Saved { limit: Some(BucketState { refill_time_ms: 0, ..bucket }), ..saved.clone() },
     ] {
         let section = Section::new(KIND, 1, &broken);
         assert!(matches!(rig.serial.restore(&section), Err(StateError::Impossible { .. })));
