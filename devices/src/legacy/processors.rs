@@ -52,14 +52,20 @@ impl Processors {
         Section::new(KIND, 1, &state)
     }
 
-    /// Takes over saved bits.
+    /// Takes over saved bits. The block must have been made for as many processors as the saved
+    /// machine had.
     ///
     /// # Errors
-    /// When the section is another one's.
+    /// When the section is another one's, or is about other processors than there are here.
     pub fn restore(&self, section: &Section) -> Result<(), StateError> {
         let (present, inserted): (u64, u64) = section.open(KIND, 1)?;
-        self.present.store(present, Ordering::Release);
-        self.inserted.store(inserted & present, Ordering::Release);
+        let here = self.present.load(Ordering::Acquire);
+        if present != here || inserted & !present != 0 {
+            let reason =
+                format!("processors {present:#x} are there and {inserted:#x} new, here are {here:#x}");
+            return Err(StateError::Impossible { kind: KIND, reason });
+        }
+        self.inserted.store(inserted, Ordering::Release);
         Ok(())
     }
 }
@@ -122,11 +128,16 @@ mod tests {
 
     #[test]
     fn what_the_guest_has_not_seen_survives_a_save() {
-        let (processors, other) = (Processors::new(1), Processors::new(1));
+        let (processors, other) = (Processors::new(1), Processors::new(3));
         processors.insert(1, 3);
         other.restore(&processors.save()).unwrap();
         assert_eq!((byte(&other, 0), byte(&other, 8)), (0b111, 0b110));
         assert!(other.restore(&Section::new("power", 1, &0u8)).is_err());
+        for bits in [(0b111u64, 0b1000u64), (0b11, 0), (0b1111, 0), (u64::MAX, u64::MAX)] {
+            let section = Section::new(KIND, 1, &bits);
+            assert!(matches!(other.restore(&section), Err(StateError::Impossible { .. })), "{bits:x?}");
+        }
+        assert_eq!((byte(&other, 0), byte(&other, 8)), (0b111, 0));
     }
 
     #[test]

@@ -33,7 +33,10 @@ use super::{
     Function,
     root::{Root, SlotError},
 };
-use crate::bus::Registers;
+use crate::{
+    bus::Registers,
+    state::{Section, StateError},
+};
 
 /// First I/O port of the block.
 pub const BASE: u16 = 0x640;
@@ -45,6 +48,8 @@ pub const INSERTED: u16 = 0;
 pub const WANTED: u16 = 4;
 /// Offset of the register that takes the slots the guest gives back.
 pub const EJECT: u16 = 8;
+
+const KIND: &str = "pci-hotplug";
 
 /// Called, on the vCPU thread that wrote the register, with a slot that was emptied. Must not
 /// block.
@@ -105,6 +110,36 @@ impl Hotplug {
     pub fn unread(&self) -> bool {
         let bits = self.bits();
         bits.inserted | bits.wanted != 0
+    }
+
+    /// What the guest has not read yet, and what it was asked for and has not given back.
+    pub fn save(&self) -> Section {
+        let (bits, taken) = (self.bits(), self.root.taken());
+        let saved = [bits.inserted & taken, bits.wanted & taken, bits.asked & taken];
+        Section::new(KIND, 1, &saved)
+    }
+
+    /// Takes over saved bits. The devices must be in their slots already, put there without
+    /// [`Hotplug::insert`]. The event that makes the guest look is the power block's, which
+    /// raises what it had pending by itself.
+    ///
+    /// # Errors
+    /// When the section is another one's, or is about slots that are empty here.
+    pub fn restore(&self, section: &Section) -> Result<(), StateError> {
+        let [inserted, wanted, asked]: [u32; 3] = section.open(KIND, 1)?;
+        let taken = self.root.taken();
+        let impossible = |reason| Err(StateError::Impossible { kind: KIND, reason });
+        let empty = (inserted | wanted | asked) & !taken;
+        if empty != 0 {
+            return impossible(format!("slots {empty:#x} are to hold devices, those that do are {taken:#x}"));
+        }
+        if wanted & !asked != 0 {
+            return impossible(format!(
+                "slots {wanted:#x} are wanted back, but only {asked:#x} were asked for"
+            ));
+        }
+        *self.bits() = Bits { inserted, wanted, asked };
+        Ok(())
     }
 
     fn empty(&self, slot: u8) -> bool {
@@ -257,6 +292,38 @@ mod tests {
         assert!(rig.present() && rig.ejected.lock().unwrap().is_empty());
         rig.eject(u32::MAX);
         assert!(rig.present() && rig.ejected.lock().unwrap().is_empty(), "there is nothing in 31");
+    }
+
+    #[test]
+    fn what_the_guest_has_not_read_or_given_back_survives_a_save() {
+        let old = rig();
+        old.hotplug.insert(9, old.card.clone()).unwrap();
+        old.hotplug.ask(9);
+        old.hotplug.ask(20);
+        let (saved, new) = (old.hotplug.save(), rig());
+        new.read(INSERTED);
+        assert!(matches!(new.hotplug.restore(&saved), Err(StateError::Impossible { .. })), "9 is empty");
+        assert!(!new.hotplug.unread(), "a refused state changes nothing");
+        new.hotplug.root().add(9, new.card.clone()).unwrap();
+        new.hotplug.restore(&saved).unwrap();
+        assert_eq!((new.read(INSERTED), new.read(WANTED)), (1 << 4 | 1 << 9, 1 << 9));
+        let asked = new.hotplug.save();
+        new.hotplug.take(9);
+        new.hotplug.root().add(9, new.card.clone()).unwrap();
+        new.hotplug.restore(&asked).unwrap();
+        new.eject(u32::MAX);
+        assert_eq!(*new.ejected.lock().unwrap(), [9], "it was asked for before the save");
+    }
+
+    #[test]
+    fn saved_bits_that_cannot_be_are_refused() {
+        let rig = rig();
+        for bits in [[1u32, 0, 0], [0, 1 << 4, 0], [0, 0, 1 << 31], [u32::MAX; 3]] {
+            let section = Section::new(KIND, 1, &bits);
+            assert!(matches!(rig.hotplug.restore(&section), Err(StateError::Impossible { .. })), "{bits:x?}");
+        }
+        assert!(rig.hotplug.restore(&Section::new("power", 1, &[0u32; 3])).is_err());
+        assert_eq!(rig.read(INSERTED), 1 << 4);
     }
 
     #[test]
