@@ -132,6 +132,7 @@ struct Saved {
     driver: Option<u64>,
     hinting: Run,
     latest: Latest,
+    untold: bool,
 }
 
 struct Running {
@@ -327,6 +328,7 @@ impl VirtioDevice for Balloon {
             driver: self.driver,
             hinting: self.shared.hinting.run(),
             latest: *self.shared.latest(),
+            untold: self.untold,
         };
         Section::new(KIND, VERSION, &saved)
     }
@@ -348,7 +350,7 @@ impl VirtioDevice for Balloon {
         self.interval = saved.interval;
         self.driver = saved.driver;
         *self.shared.latest() = saved.latest;
-        self.untold = self.shared.hinting.restore(saved.hinting);
+        self.untold = self.shared.hinting.restore(saved.hinting) | saved.untold;
         Ok(())
     }
 

@@ -456,6 +456,18 @@ fn a_restored_balloon_has_its_state_and_no_run() {
 }
 
 #[test]
+fn a_target_set_before_a_save_is_told_after_it() {
+    let (mut balloon, mut driver) = started();
+    driver.stop(&mut balloon).unwrap();
+    balloon.update(&Change::BalloonTarget(9)).unwrap();
+    let mut other = Balloon::new(&everything(), 24).unwrap();
+    other.restore(&balloon.save()).unwrap();
+    let told = driver.signals.counts().config;
+    driver.start(&mut other, F_COMMON | ALL).unwrap();
+    assert_eq!((driver.signals.counts().config, config(&other)[0]), (told + 1, 9 * 256));
+}
+
+#[test]
 fn saved_states_that_cannot_be_are_refused() {
     let balloon = Balloon::new(&everything(), 24).unwrap();
     let saved = balloon.save();

@@ -185,6 +185,8 @@ struct Saved {
     read_only: bool,
     flush_failed: bool,
     limiter: LimiterState,
+    /// The driver has not been told of its capacity yet.
+    announce: bool,
 }
 
 /// The queue halves, while the driver runs.
@@ -466,6 +468,7 @@ impl VirtioDevice for Block {
             read_only: self.settings.read_only,
             flush_failed: self.disk.flush_failed(),
             limiter: self.throttle.save(),
+            announce: self.announce,
         };
         Section::new(KIND, VERSION, &saved)
     }
@@ -490,7 +493,7 @@ impl VirtioDevice for Block {
         let impossible = |reason| StateError::Impossible { kind: KIND, reason };
         self.throttle.restore(&saved.limiter).map_err(impossible)?;
         self.settings.limits = self.throttle.config();
-        self.announce = saved.sectors != sectors;
+        self.announce = saved.announce || saved.sectors != sectors;
         if saved.flush_failed {
             self.disk.set_flush_failed();
         }

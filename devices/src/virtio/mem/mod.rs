@@ -235,6 +235,8 @@ struct Saved {
     requested: u64,
     usable: u64,
     plugged: Vec<u8>,
+    /// The driver has not been told of the requested size yet.
+    announce: bool,
 }
 
 /// Pluggable memory.
@@ -357,6 +359,7 @@ impl VirtioDevice for Mem {
             requested: blocks.requested(),
             usable: blocks.usable(),
             plugged: blocks.bits(),
+            announce: self.announce,
         };
         Section::new(KIND, VERSION, &saved)
     }
@@ -372,7 +375,9 @@ impl VirtioDevice for Mem {
         }
         let layout = self.config.layout();
         let blocks = Blocks::from_saved(layout, saved.requested, saved.usable, &saved.plugged);
-        self.pool.load(blocks.map_err(impossible)?).map_err(|source| host("restored", source))
+        self.pool.load(blocks.map_err(impossible)?).map_err(|source| host("restored", source))?;
+        self.announce = saved.announce;
+        Ok(())
     }
 
     fn update(&mut self, change: &Change) -> Result<(), DeviceError> {

@@ -374,6 +374,18 @@ fn a_saved_device_goes_on_elsewhere_with_the_same_blocks() {
 }
 
 #[test]
+fn a_request_made_before_a_save_is_announced_after_it() {
+    let mut bed = Bed::new(128);
+    bed.driver.stop(&mut bed.mem).unwrap();
+    bed.mem.update(&Change::MemoryRequested(256 * MIB)).unwrap();
+    let mut other = make().0;
+    other.restore(&bed.mem.save()).unwrap();
+    let told = bed.driver.signals.counts().config;
+    bed.driver.start(&mut other, F_COMMON | F_UNPLUGGED_INACCESSIBLE).unwrap();
+    assert_eq!(bed.driver.signals.counts().config, told + 1);
+}
+
+#[test]
 fn a_state_of_another_region_is_refused() {
     let saved = Bed::new(128).mem.save();
     for config in [

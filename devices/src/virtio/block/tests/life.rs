@@ -227,6 +227,19 @@ fn a_disk_that_grew_while_saved_is_announced() {
     assert_eq!(guest.driver.signals.counts().config, 1);
 }
 
+#[test]
+fn a_disk_that_changed_before_a_save_is_announced_after_it() {
+    let image = image(64);
+    let mut block = Block::new(settings(image.path(), Engine::Sync)).unwrap();
+    image.as_file().set_len(128 * 512).unwrap();
+    block.update(&Change::Backing(None)).unwrap();
+    let section = block.save();
+    drop(block);
+    let mut block = Block::new(settings(image.path(), Engine::Sync)).unwrap();
+    block.restore(&section).unwrap();
+    assert_eq!(Guest::new(block).driver.signals.counts().config, 1);
+}
+
 fn capacity(block: &Block) -> u64 {
     let mut bytes = [0; 8];
     block.read_config(0, &mut bytes);
