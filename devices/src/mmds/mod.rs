@@ -18,13 +18,16 @@
 //! of answers not yet taken, of frames not yet given. All bounds are in [`limits`] or beside
 //! what they bound.
 //!
-//! The data is not part of a saved machine and neither are tokens or connections: a clone
-//! must not wake up with another one's identity.
+//! A saved machine has its data and how it is reached, so that a guest that goes on finds what
+//! it knew. Tokens and connections end with the process: the key of the tokens is made anew, so
+//! that what one machine's guest was given opens nothing in its clones. Whoever wants a clone to
+//! read other data than its parent puts it before the clone runs.
 
 mod answer;
 mod counters;
 mod detour;
 mod http;
+mod saved;
 mod stack;
 mod store;
 #[cfg(test)]
@@ -81,6 +84,17 @@ impl MmdsConfig {
     pub fn for_interface(name: &str) -> MmdsConfig {
         let interfaces = vec![name.to_owned()];
         MmdsConfig { version: MmdsVersion::V1, interfaces, address: DEFAULT_ADDRESS, imds_compat: false }
+    }
+
+    /// Whether the address is one that may be and all interfaces are among those `known`.
+    fn check(&self, known: &[&str]) -> Result<(), MmdsError> {
+        if !matches!(self.address.octets(), [169, 254, 1..=254, _]) {
+            return Err(MmdsError::Address(self.address));
+        }
+        match self.interfaces.iter().find(|name| !known.contains(&name.as_str())) {
+            Some(name) => Err(MmdsError::UnknownInterface(name.clone())),
+            None => Ok(()),
+        }
     }
 }
 
@@ -164,17 +178,16 @@ impl Mmds {
     /// interfaces. Version and format count at once, the address and the interfaces for
     /// devices made afterwards.
     pub fn configure(&self, config: MmdsConfig, known: &[&str]) -> Result<(), MmdsError> {
-        if !matches!(config.address.octets(), [169, 254, 1..=254, _]) {
-            return Err(MmdsError::Address(config.address));
-        }
         if config.interfaces.is_empty() {
             return Err(MmdsError::NoInterface);
         }
-        if let Some(name) = config.interfaces.iter().find(|name| !known.contains(&name.as_str())) {
-            return Err(MmdsError::UnknownInterface(name.clone()));
-        }
-        *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+        config.check(known)?;
+        self.set_config(config);
         Ok(())
+    }
+
+    fn set_config(&self, config: MmdsConfig) {
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
     }
 
     /// How the service is reached. No interface leads to one that was never configured.
