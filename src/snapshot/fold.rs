@@ -62,6 +62,7 @@ pub fn merge(
         created: from.created,
         machine: from.machine.clone(),
         cpu: from.cpu.clone(),
+        note: from.note.clone(),
         regions: from.memory.regions.clone(),
         parent: None,
     };

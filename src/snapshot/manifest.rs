@@ -56,6 +56,9 @@ pub struct Manifest {
     pub machine: Value,
     /// What the machine needs of the CPU.
     pub cpu: Value,
+    /// What whoever asked for the snapshot wants to find in it again; its meaning is theirs.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub note: Value,
     /// Where guest memory lies.
     pub memory: Memory,
     /// The state file.

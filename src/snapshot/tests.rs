@@ -30,6 +30,7 @@ pub(super) fn subject(pages: u64) -> Subject {
         created: 1_795_000_000_000,
         machine: json!({"machine-config": {"vcpu_count": 2, "mem_size_mib": 1}}),
         cpu: json!({"flags": ["avx2"]}),
+        note: json!({"name": "web"}),
         regions: vec![region(0, 0, half), region(1 << 32, half, pages * PAGE - half)],
         parent: None,
     }

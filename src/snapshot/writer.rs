@@ -68,6 +68,8 @@ pub struct Subject {
     pub machine: Value,
     /// What the machine needs of the CPU.
     pub cpu: Value,
+    /// What whoever asks for it wants to find in the manifest again; null for nothing.
+    pub note: Value,
     /// Where guest memory lies in the memory file.
     pub regions: Vec<Region>,
     /// What a diff is a diff of.
@@ -328,7 +330,7 @@ impl<'a> Writer<'a> {
     }
 
     fn manifest(&self, index: &[u8], state: &[u8]) -> Manifest {
-        let Subject { nacelle, created, machine, cpu, regions, parent } = self.subject.clone();
+        let Subject { nacelle, created, machine, cpu, note, regions, parent } = self.subject.clone();
         let entry = |name: &str, bytes: &[u8]| FileEntry {
             name: name.to_owned(),
             size: bytes.len() as u64,
@@ -349,7 +351,7 @@ impl<'a> Writer<'a> {
         let drives = self.drives.clone();
         let (format, id, needs) = (FORMAT, self.id, Vec::new());
         let mut manifest =
-            Manifest { format, needs, id, parent, nacelle, created, machine, cpu, memory, state, drives };
+            Manifest { format, needs, id, parent, nacelle, created, machine, cpu, note, memory, state, drives };
         manifest.needs = manifest.needed();
         manifest
     }

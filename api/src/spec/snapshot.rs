@@ -77,6 +77,9 @@ pub struct CreateSnapshot {
     /// Answer 202 with the job at once. *Ours.*
     #[serde(default, skip_serializing_if = "is_default")]
     pub background: bool,
+    /// Kept in the snapshot's manifest as it is, for whoever asks for the snapshot. *Ours.*
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<serde_json::Map<String, serde_json::Value>>,
     /// Take the place of the snapshot that is at `snapshot_path` already, once this one is
     /// whole. Firecracker's form always does. *Ours.*
     #[serde(default, skip_serializing_if = "is_default")]
@@ -99,8 +102,8 @@ impl CreateSnapshot {
         if self.mem_file_path.as_ref() == Some(&self.snapshot_path) {
             return wrong("snapshot_path and mem_file_path are the same file");
         }
-        if self.drives != DriveCapture::Share || self.store.is_some() || self.hash {
-            return wrong("drives, store and hash need a directory; leave out mem_file_path to write one");
+        if self.drives != DriveCapture::Share || self.store.is_some() || self.hash || self.note.is_some() {
+            return wrong("drives, store, hash and note need a directory; leave out mem_file_path to write one");
         }
         Ok(())
     }

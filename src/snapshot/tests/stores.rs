@@ -103,6 +103,7 @@ fn chains_over_a_store_are_read_and_merged_out_of_it() {
     let full = open(&dir.join("c"));
     assert_eq!(full.extents().bytes(), 3 * PAGE);
     full.map(0).unwrap();
+    assert_eq!(full.manifest().note, serde_json::json!({"name": "web"}));
     // Without its store a snapshot says what it needs.
     std::fs::rename(dir.join("store"), dir.join("moved")).unwrap();
     let error = Snapshot::open(&dir.join("a"), &Search::default()).unwrap_err();
