@@ -350,8 +350,20 @@ impl<'a> Writer<'a> {
         let state = State { file: entry(STATE, state), sections: state::entries(&self.sections) };
         let drives = self.drives.clone();
         let (format, id, needs) = (FORMAT, self.id, Vec::new());
-        let mut manifest =
-            Manifest { format, needs, id, parent, nacelle, created, machine, cpu, note, memory, state, drives };
+        let mut manifest = Manifest {
+            format,
+            needs,
+            id,
+            parent,
+            nacelle,
+            created,
+            machine,
+            cpu,
+            note,
+            memory,
+            state,
+            drives,
+        };
         manifest.needs = manifest.needed();
         manifest
     }

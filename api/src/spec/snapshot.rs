@@ -103,7 +103,9 @@ impl CreateSnapshot {
             return wrong("snapshot_path and mem_file_path are the same file");
         }
         if self.drives != DriveCapture::Share || self.store.is_some() || self.hash || self.note.is_some() {
-            return wrong("drives, store, hash and note need a directory; leave out mem_file_path to write one");
+            return wrong(
+                "drives, store, hash and note need a directory; leave out mem_file_path to write one",
+            );
         }
         Ok(())
     }
