@@ -9,6 +9,7 @@
 //!   kernel   files: is this a kernel, of which processor, and how it gets into guest memory
 //!   boot     kernel + initrd + command line -> guest memory, and the state to enter it with
 //!   acpi     what the machine has -> firmware tables in guest memory
+//!   generation  what tells a guest that it was restored
 //!   cpuid    what KVM offers -> what each vCPU shows        msr, regs   first register values
 //!   template changes to that and to MSRs, as a machine's description asks for
 //!   irqchip  interrupt controllers and guest clock: save, load
@@ -40,7 +41,9 @@ pub mod kernel;
 pub mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{acpi, boot, coredump, cpuid, debug, irqchip, layout, msr, regs, state, template};
+pub use x86_64::{
+    acpi, boot, coredump, cpuid, debug, generation, irqchip, layout, msr, regs, state, template,
+};
 
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("nacelle runs on x86_64 only so far: a processor is a folder beside src/x86_64");

@@ -41,6 +41,7 @@ use super::{
     console::{ConsoleError, Consoles},
     cpu,
     faults::Faults,
+    generation,
     handed::Handed,
     host::KvmHost,
     kvm::{self, KvmError},
@@ -207,9 +208,11 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
             power_button: true,
             i8042: platform.keyboard.is_some(),
             pvpanic: platform.pvpanic.is_some().then_some(pvpanic::PORT),
-            ..Default::default()
+            generation_id: Some(layout::GENERATION_ID),
+            vm_clock: Some(layout::VM_CLOCK),
         },
     )?;
+    generation::at_boot(&memory).map_err(named("The generation id".to_owned()))?;
     let command_line = command_line(spec)?;
     let boot_plan = boot::Plan::new(boot::Payload {
         kernel: &files.kernel,

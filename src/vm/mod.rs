@@ -23,6 +23,7 @@ pub mod console;
 pub mod coredump;
 pub mod cpu;
 pub mod faults;
+pub mod generation;
 pub mod handed;
 pub mod host;
 pub mod kvm;

@@ -2,7 +2,7 @@
 //! guest, the host's own files, taps and sockets.
 //!
 //! ```text
-//!   boot  block  net  vsock  hostile  hotplug  vcpus  api_*  clients  debug   what is tested
+//!   boot  block  net  vsock  hostile  hotplug  vcpus  generation  api_*  clients  debug   what is tested
 //!        |                       |
 //!        v                       |
 //!   vm: Setup -> Vm -> Ended     |            one machine: its process, console and log
@@ -29,6 +29,7 @@ mod clients;
 mod debug;
 mod descriptors;
 mod faults;
+mod generation;
 mod guest;
 mod hostile;
 mod hotplug;

@@ -3,10 +3,11 @@
 //! ```text
 //!            0 +--------------------------------+
 //!       0x0500 | GDT (64-bit entry)             |
-//!       0x6000 | PVH start info, modules, map   |  first MiB: RAM up to the EBDA, written only
+//!       0x6000 | PVH start info, modules, map   |  first MiB: RAM up to VMClock, written only
 //!       0x7000 | zero page (Linux boot_params)  |  at boot; the kernel copies what it needs
 //!       0x9000 | page tables (64-bit entry)     |
 //!      0x20000 | command line (64 KiB)          |
+//!      0x9e000 | VMClock, generation id         |  not offered as RAM
 //!      0x9fc00 | multiprocessor table, holes    |  not offered as RAM
 //!      0xe0000 | ACPI tables, RSDP first        |  128 KiB, offered as ACPI data
 //!     0x100000 +--------------------------------+
@@ -52,7 +53,11 @@ pub const PAGE_TABLES: u64 = 0x9000;
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Bytes reserved for the command line, its closing NUL included.
 pub const COMMAND_LINE_MAX: usize = 0x1_0000;
-/// RAM below 1 MiB ends here, as the EBDA of a PC would begin.
+/// The page of VMClock (see [`super::generation`]); RAM below 1 MiB ends before it.
+pub const VM_CLOCK: Range<u64> = 0x9_e000..0x9_f000;
+/// The 16 bytes of the generation id.
+pub const GENERATION_ID: u64 = 0x9_f000;
+/// Where the EBDA of a PC would begin: the multiprocessor table.
 pub const EBDA: u64 = 0x9_fc00;
 /// ACPI tables; the RSDP is the first thing in here.
 pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
@@ -167,8 +172,8 @@ pub struct MapEntry {
 pub fn memory_map(bytes: u64) -> Vec<MapEntry> {
     let entry = |range: Range<u64>, kind| MapEntry { start: range.start, len: range.end - range.start, kind };
     let mut map = vec![
-        entry(0..EBDA, MapKind::Ram),
-        entry(EBDA..0xa_0000, MapKind::Reserved),
+        entry(0..VM_CLOCK.start, MapKind::Ram),
+        entry(VM_CLOCK.start..0xa_0000, MapKind::Reserved),
         entry(ACPI, MapKind::Acpi),
     ];
     for (start, len) in ram_regions(bytes) {
@@ -212,7 +217,7 @@ mod tests {
                 }
                 let ram: u64 = map.iter().filter(|e| e.kind == MapKind::Ram).map(|e| e.len).sum();
                 // All but the holes of the first MiB.
-                assert_eq!(ram, size - (HIGH_RAM - EBDA), "{size:#x}");
+                assert_eq!(ram, size - (HIGH_RAM - VM_CLOCK.start), "{size:#x}");
                 assert!(map.iter().all(|e| e.kind == MapKind::Reserved
                     || e.start + e.len <= GAP.start
                     || e.start >= GAP.end));
@@ -228,7 +233,8 @@ mod tests {
             assert!(pair[0].end <= pair[1].start);
         }
         const { assert!(KVM_IDENTITY_MAP + 4096 == KVM_TSS && KVM_TSS + 3 * 4096 <= GAP.end) };
-        assert!(COMMAND_LINE + COMMAND_LINE_MAX as u64 <= EBDA);
+        assert!(COMMAND_LINE + COMMAND_LINE_MAX as u64 <= VM_CLOCK.start);
+        const { assert!(VM_CLOCK.end <= GENERATION_ID && GENERATION_ID + 16 <= EBDA) };
         const { assert!(PAGE_TABLES + 5 * 4096 <= COMMAND_LINE) };
     }
 

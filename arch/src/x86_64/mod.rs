@@ -5,6 +5,7 @@ pub mod boot;
 pub mod coredump;
 pub mod cpuid;
 pub mod debug;
+pub mod generation;
 pub mod irqchip;
 pub mod layout;
 mod mptable;

@@ -160,6 +160,7 @@ fn event_device(out: &mut Vec<u8>, events: Events, machine: &Description<'_>) {
     for (bit, there, target) in [
         (event::POWER_BUTTON, machine.power_button, "\\_SB_.PWRB"),
         (event::GENERATION, machine.generation_id.is_some(), "\\_SB_.VGEN"),
+        (event::GENERATION, machine.vm_clock.is_some(), "\\_SB_.VCLK"),
     ] {
         let (target, changed) = (Path::new(target), 0x80u8);
         let notify = Notify::new(&target, &changed);

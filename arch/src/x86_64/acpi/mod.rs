@@ -176,7 +176,7 @@ pub struct Description<'a> {
     pub i8042: bool,
     /// Guest address of the 16-byte generation id (VMGENID); changes come through `events`.
     pub generation_id: Option<u64>,
-    /// Guest memory of the VMClock structure.
+    /// Guest memory of the VMClock structure; changes come through `events`, with the id's.
     pub vm_clock: Option<Range<u64>>,
 }
 

@@ -74,8 +74,8 @@ fn full() -> Description<'static> {
         events: Some(Events { line: 9, status: Register::Mmio(0xc0ff_f000) }),
         power_button: true,
         i8042: true,
-        generation_id: Some(0x9_e000),
-        vm_clock: Some(0xc0ff_0000..0xc0ff_1000),
+        generation_id: Some(layout::GENERATION_ID),
+        vm_clock: Some(layout::VM_CLOCK),
     }
 }
 
@@ -217,6 +217,12 @@ fn the_dsdt_names_what_is_there_and_nothing_else() {
     let fixed = tables(&fixed);
     for name in [&b"PSCN"[..], b"_EJ0", b"PHPR"] {
         assert!(contains(table, name) && !contains(dsdt(&fixed), name));
+    }
+
+    // The id's address in two halves; both devices are notified by one event.
+    assert!(contains(table, b"ADDR\x12\x08\x02\x0c\x00\xf0\x09\x00\x00"));
+    for device in [b"\x86\\._SB_VGEN\x0a\x80", b"\x86\\._SB_VCLK\x0a\x80"] {
+        assert!(contains(table, device), "{device:?}");
     }
 
     let bare = tables(&Description { vcpus: 4, ..Default::default() });
