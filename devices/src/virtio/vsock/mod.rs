@@ -25,8 +25,16 @@
 //! and time do to them, [`rings`] the two data queues, [`pump`] the handler that turns it all,
 //! [`door`] the paths on the host.
 //!
-//! Connections live as long as the machine that made them runs: pausing keeps them, a
-//! restored machine has none, and its guest is told so by one transport-reset event.
+//! Connections live as long as the machine that made them runs: pausing keeps them. A restored
+//! machine has none:
+//!
+//! ```text
+//!   restore ─► transport reset on the event queue ─► the guest drops what it had, gives the
+//!              event's buffer back ─► a reset for each old connection by name ─► new connections
+//! ```
+//!
+//! Until the guest has given the buffer back it is neither asked for a connection nor told that
+//! one it asked for is there: it would drop that with the old ones, and nobody would know.
 
 pub mod backlog;
 pub mod credit;
@@ -98,6 +106,8 @@ struct Saved {
     /// Turn of the host-side port numbers, so that a restored machine does not start with
     /// ports its guest still remembers.
     turn: u32,
+    /// Host and guest port of each connection that the guest knows of.
+    peers: Vec<(u32, u32)>,
 }
 
 /// Where a pump leaves the muxer when it is drained.
@@ -196,8 +206,10 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> Section {
-        let (reset_pending, turn) = self.muxer.as_ref().map_or((false, 0), |m| (m.reset_pending, m.turn()));
-        Section::new(KIND, VERSION, &Saved { guest_cid: self.guest_cid, reset_pending, turn })
+        let muxer = self.muxer.as_ref();
+        let (reset_pending, turn) = muxer.map_or((false, 0), |m| (m.reset_pending, m.turn()));
+        let peers = muxer.map_or_else(Vec::new, |m| m.peers());
+        Section::new(KIND, VERSION, &Saved { guest_cid: self.guest_cid, reset_pending, turn, peers })
     }
 
     /// The connections of the saved machine are gone, so the guest is told to drop its own.
@@ -205,15 +217,12 @@ impl VirtioDevice for Vsock {
     /// guest reads it again when it is told (VIRTIO 1.2 section 5.10.6.7).
     fn restore(&mut self, section: &Section) -> Result<(), DeviceError> {
         let saved: Saved = section.open(KIND, VERSION)?;
+        let impossible = |reason| StateError::Impossible { kind: KIND, reason };
         if saved.guest_cid < 3 || saved.guest_cid == u32::MAX {
-            let reason = format!("the guest context id is {}", saved.guest_cid);
-            return Err(StateError::Impossible { kind: KIND, reason }.into());
+            return Err(impossible(format!("the guest context id is {}", saved.guest_cid)).into());
         }
-        let muxer = self.muxer();
-        muxer.clear();
-        muxer.set_turn(saved.turn);
-        muxer.reset_pending = true;
-        Ok(())
+        let restored = self.muxer().restored(saved.guest_cid, saved.turn, &saved.peers);
+        Ok(restored.map_err(impossible)?)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -33,7 +33,7 @@ use vmm_sys_util::epoll::EventSet;
 
 pub use self::{admission::Admission, service::Round};
 use crate::{
-    limits::{VSOCK_RESETS_MAX, VSOCK_TIMEOUT},
+    limits::{VSOCK_CONNECTIONS_MAX, VSOCK_RESETS_MAX, VSOCK_TIMEOUT},
     virtio::vsock::{
         backlog::Pool,
         door::{self, Door, Greeting},
@@ -50,8 +50,12 @@ const ACCEPT_MAX: usize = 64;
 const DIAL_AGAIN: Duration = Duration::from_millis(10);
 /// How long to wait when the process has no descriptor left for a client.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
-/// How long a guest that was told to drop its connections may take before it gets new ones.
-const SETTLE: Duration = Duration::from_millis(500);
+/// How long a guest that was told to drop its connections may take before it gets new ones. One
+/// whose memory comes from a slow disk as it is touched needs some time; one that never answers
+/// keeps new connections waiting no longer than this.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Connections by name that a restored guest is told of at most.
+const STALE_MAX: usize = 2 * VSOCK_CONNECTIONS_MAX;
 
 /// What a device counts. Written by its worker only.
 #[derive(Debug, Default)]
@@ -109,8 +113,14 @@ pub struct Muxer {
     poller: Option<Poller>,
     /// The guest has still to be told that its connections are gone.
     pub reset_pending: bool,
+    /// Buffers for events that the guest had left when it was told.
+    pub events_left: u16,
     /// Until when connections wait for a guest that has just been told so.
     settling: Option<Instant>,
+    /// The context id that a restored guest has until it is told, if that is another one.
+    old_cid: Option<u64>,
+    /// Resets of a restored guest's connections, one each, for after it was told.
+    stale: Vec<Header>,
     /// Clients may be waiting at the door.
     door_ready: bool,
     /// When to try the door again after a failure.
@@ -131,7 +141,10 @@ impl Muxer {
             pool: Pool::default(),
             poller: None,
             reset_pending: false,
+            events_left: 0,
             settling: None,
+            old_cid: None,
+            stale: Vec::new(),
             door_ready: false,
             door_again: None,
             resting: None,
@@ -164,6 +177,8 @@ impl Muxer {
     pub fn clear(&mut self) {
         self.table.clear();
         self.answers.clear();
+        self.stale.clear();
+        self.old_cid = None;
         self.reset_pending = false;
         self.settling = None;
     }
@@ -173,9 +188,34 @@ impl Muxer {
         self.table.turn()
     }
 
-    /// Goes on with host-side ports from `turn`.
-    pub fn set_turn(&mut self, turn: u32) {
+    /// Host and guest port of each connection that the guest knows of, or may think it has.
+    pub fn peers(&self) -> Vec<(u32, u32)> {
+        let living = self.table.streams().filter(|stream| stream.known && stream.stage != Stage::Orphan);
+        let living = living.map(|stream| (stream.host_port, stream.guest_port));
+        let dead = self.answers.iter().chain(&self.stale).map(|reset| (reset.src_port, reset.dst_port));
+        living.chain(dead).take(STALE_MAX).collect()
+    }
+
+    /// Begins anew for a guest that was restored: it was `cid` and knows of connections between
+    /// `peers`, none of which exists any more. Host-side ports go on from `turn`.
+    ///
+    /// The guest drops its connections when the event tells it to. That leaves those which it was
+    /// about to open, and which only a packet can end. It gets one for each of the peers once the
+    /// event is through: before it, the packet would look like an orderly end.
+    ///
+    /// # Errors
+    /// When there are more of them than can be.
+    pub fn restored(&mut self, cid: u32, turn: u32, peers: &[(u32, u32)]) -> Result<(), String> {
+        if peers.len() > STALE_MAX {
+            return Err(format!("there are {} connections, at most {STALE_MAX} can be", peers.len()));
+        }
+        self.clear();
         self.table.set_turn(turn);
+        self.reset_pending = true;
+        let cid = u64::from(cid);
+        self.old_cid = Some(cid).filter(|cid| *cid != self.cid);
+        self.stale.extend(peers.iter().map(|(host_port, guest_port)| end_of(cid, *host_port, *guest_port)));
+        Ok(())
     }
 
     /// The descriptor that is readable when [`Muxer::collect`] has something to do.
@@ -218,7 +258,14 @@ impl Muxer {
     /// The guest is ready for new connections.
     pub fn settled(&mut self) {
         self.settling = None;
+        add(&self.counters.resets, self.stale.len() as u64);
+        self.answers.extend(self.stale.drain(..));
+        let deadline = Instant::now() + VSOCK_TIMEOUT;
         for slot in self.table.slots() {
+            // Clients had to wait for the guest; now it has to answer.
+            if self.table.at(slot).is_some_and(|stream| stream.stage == Stage::Requested && !stream.known) {
+                self.set_deadline(slot, deadline);
+            }
             self.table.line_up(slot);
         }
     }
@@ -377,15 +424,7 @@ impl Muxer {
         stream.release(&mut self.pool);
         if reset {
             add(&self.counters.resets, 1);
-            self.answers.push_back(Header {
-                src_cid: HOST_CID,
-                dst_cid: self.cid,
-                src_port: stream.host_port,
-                dst_port: stream.guest_port,
-                kind: TYPE_STREAM,
-                op: op::RESET,
-                ..Header::default()
-            });
+            self.answers.push_back(end_of(self.cid, stream.host_port, stream.guest_port));
         }
     }
 
@@ -417,6 +456,8 @@ impl Muxer {
         let Some(stream) = self.table.at(slot) else { return };
         stream.deadline = None;
         match stream.stage {
+            // It has not been asked yet.
+            Stage::Requested if self.settling.is_some() => {}
             Stage::Greeting => self.drop_stream(slot, false),
             Stage::Requested => {
                 let known = stream.known;
@@ -431,5 +472,18 @@ impl Muxer {
             }
             Stage::Orphan => {}
         }
+    }
+}
+
+/// A reset of the connection between these ports, for a guest that is `cid`.
+fn end_of(cid: u64, host_port: u32, guest_port: u32) -> Header {
+    Header {
+        src_cid: HOST_CID,
+        dst_cid: cid,
+        src_port: host_port,
+        dst_port: guest_port,
+        kind: TYPE_STREAM,
+        op: op::RESET,
+        ..Header::default()
     }
 }

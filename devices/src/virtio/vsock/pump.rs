@@ -53,8 +53,6 @@ struct Events {
     queue: Queue,
     chain: Chain,
     broken: Option<QueueError>,
-    /// Buffers that were left when the guest was told of the reset.
-    left: u16,
 }
 
 impl Pump {
@@ -80,7 +78,7 @@ impl Pump {
             muxer,
             outlet: Outlet::new(rx),
             inlet: Inlet::new(tx),
-            events: events.map(|queue| Events { queue, chain: Chain::new(), broken: None, left: 0 }),
+            events: events.map(|queue| Events { queue, chain: Chain::new(), broken: None }),
             interrupt: active.interrupt,
             bells,
             home,
@@ -155,12 +153,13 @@ impl Pump {
     fn tell_events(&mut self) {
         let Some(events) = self.events.as_mut().filter(|e| e.broken.is_none()) else { return };
         let result = if self.muxer.reset_pending {
-            events.send(&TRANSPORT_RESET).map(|sent| {
-                self.muxer.reset_pending = !sent;
+            events.send(&TRANSPORT_RESET).map(|left| {
+                self.muxer.reset_pending = left.is_none();
+                self.muxer.events_left = left.unwrap_or(0);
                 false
             })
         } else {
-            events.queue.waiting().map(|now| self.muxer.is_settling() && now > events.left)
+            events.queue.waiting().map(|now| self.muxer.is_settling() && now > self.muxer.events_left)
         };
         match result {
             Ok(true) => self.muxer.settled(),
@@ -195,8 +194,9 @@ impl Pump {
 }
 
 impl Events {
-    /// Sends an event; false when the guest offers no buffer for it.
-    fn send(&mut self, event: &[u8; 4]) -> Result<bool, QueueError> {
+    /// Sends an event and says how many buffers are left; none when the guest offers no buffer
+    /// for it.
+    fn send(&mut self, event: &[u8; 4]) -> Result<Option<u16>, QueueError> {
         // Once round the ring at most: a driver may add useless buffers for ever.
         for _ in 0..self.queue.size() {
             if !self.queue.pop(&mut self.chain)? {
@@ -205,11 +205,10 @@ impl Events {
             let len = self.chain.write(&self.queue, 0, event);
             self.queue.push(self.chain.head(), len as u32);
             if len == event.len() {
-                self.left = self.queue.waiting()?;
-                return Ok(true);
+                return self.queue.waiting().map(Some);
             }
         }
-        Ok(false)
+        Ok(None)
     }
 
     /// Asks for a doorbell for the next buffer the guest adds, behind those that wait; true

@@ -167,6 +167,11 @@ impl Table {
         self.turn = turn & TURN_MASK;
     }
 
+    /// All connections.
+    pub fn streams(&self) -> impl Iterator<Item = &Stream> {
+        self.places.iter().filter_map(|place| place.stream.as_ref())
+    }
+
     /// All slots that were ever used, for a walk through the connections.
     pub fn slots(&self) -> std::ops::Range<u32> {
         0..self.places.len() as u32

@@ -31,8 +31,13 @@ impl Muxer {
     pub fn admit(&mut self, header: &Header, payload: u64) -> Admission {
         add(&self.counters.to_host_packets, 1);
         if header.src_cid != self.cid {
-            // Whom it would answer is not known.
-            self.count_bad_packet();
+            if self.old_cid == Some(header.src_cid) {
+                // It was restored with another context id and has not heard of that yet.
+                self.answer(header);
+            } else {
+                // Whom it would answer is not known.
+                self.count_bad_packet();
+            }
             return Admission::Handled;
         }
         if header.dst_cid != HOST_CID || header.kind != TYPE_STREAM {
@@ -59,6 +64,8 @@ impl Muxer {
 
     /// Answers a packet of no connection with a reset.
     fn answer(&mut self, header: &Header) {
+        // Once is enough for a connection of before a restore; and none for one the guest gave up.
+        self.stale.retain(|reset| !is_between(reset, header));
         if header.op != op::RESET {
             add(&self.counters.resets, 1);
             self.answers.push_back(header.reset());
@@ -117,6 +124,9 @@ impl Muxer {
 
     /// The guest asks for a connection to a host program.
     fn dial(&mut self, header: &Header) {
+        // Resets of an earlier connection between these ports are not for this one.
+        self.answers.retain(|reset| !is_between(reset, header));
+        self.stale.retain(|reset| !is_between(reset, header));
         let (stage, socket) = match self.door.dial(header.dst_port) {
             Ok(socket) => (Stage::Open, Some(socket)),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -211,4 +221,9 @@ impl Muxer {
             stream.deadline = None;
         }
     }
+}
+
+/// Whether `reset` is for the ports that the guest names in `header`.
+fn is_between(reset: &Header, header: &Header) -> bool {
+    (reset.src_port, reset.dst_port) == (header.dst_port, header.src_port)
 }

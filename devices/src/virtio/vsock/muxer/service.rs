@@ -75,7 +75,8 @@ impl Muxer {
     fn serve(&mut self, slot: u32, outlet: &mut Outlet, budget: &mut usize) -> Turn {
         let (cid, settling) = (self.cid, self.is_settling());
         let Some(stream) = self.table.at(slot) else { return Turn::Done };
-        if (stream.owed.request && settling) || !stream.has_work() {
+        // A guest that has still to drop its connections would drop a new one with them.
+        if settling && (stream.owed.request || stream.owed.response) || !stream.has_work() {
             return Turn::Done;
         }
         if !say_first(stream, cid, outlet, &self.counters.to_guest_packets) {

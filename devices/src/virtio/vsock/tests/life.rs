@@ -143,6 +143,8 @@ fn a_restored_guest_is_told_once_that_its_connections_are_gone() {
     // What the guest still sends on its old connection is reset.
     guest.write(&mut socket, b"old");
     guest.expect(&mut socket, op::RESET);
+    post_events(&mut guest, 1);
+    guest.silent();
     for _ in 0..3 {
         guest.stop();
         guest.start();
@@ -154,7 +156,7 @@ fn a_restored_guest_is_told_once_that_its_connections_are_gone() {
 #[test]
 fn new_clients_wait_until_a_restored_guest_has_understood() {
     let mut guest = Guest::new(64, 4096);
-    let (_client, old) = guest.called(5);
+    let (_client, mut old) = guest.called(5);
     post_events(&mut guest, 2);
     guest.stop();
     let section = guest.device.save();
@@ -167,10 +169,123 @@ fn new_clients_wait_until_a_restored_guest_has_understood() {
     // The guest gives the event's buffer back when it has acted on it.
     post_events(&mut guest, 1);
     let started = Instant::now();
+    guest.expect(&mut old, op::RESET);
     let new = guest.answer(5);
     assert!(started.elapsed() < Duration::from_millis(300));
     assert_ne!(new.host_port, old.host_port);
     assert_eq!(line(&mut client), format!("OK {}", new.host_port));
+}
+
+/// Restores the guest's device from its own state, with the events' buffers as they are.
+fn restore(guest: &mut Guest) {
+    guest.stop();
+    let section = guest.device.save();
+    guest.device.restore(&section).unwrap();
+    guest.start();
+}
+
+#[test]
+fn what_a_restored_guest_asks_for_is_answered_once_it_has_understood() {
+    let mut guest = Guest::new(64, 4096);
+    let listener = guest.listen(7);
+    post_events(&mut guest, 2);
+    restore(&mut guest);
+    // Before it gives the event's buffer back, and the host's program has something to say.
+    let mut socket = Socket::new(7, 1000);
+    guest.say(&socket, op::REQUEST);
+    let (mut server, _) = listener.accept().unwrap();
+    server.write_all(b"welcome").unwrap();
+    guest.silent();
+    assert!(guest.driver.wait_used(2).is_some());
+    post_events(&mut guest, 1);
+    guest.expect(&mut socket, op::RESPONSE);
+    assert_eq!(guest.expect(&mut socket, op::DATA).1, b"welcome");
+}
+
+#[test]
+fn a_connection_that_was_being_opened_ends_by_a_packet_of_its_own() {
+    let mut guest = Guest::new(0, 0);
+    let listener = guest.listen(7);
+    let mut socket = Socket::new(7, 1000);
+    // Without a receive buffer the answer does not get through.
+    guest.say(&socket, op::REQUEST);
+    let (mut server, _) = listener.accept().unwrap();
+    restore(&mut guest);
+    assert_eq!(read_all(&mut server), b"");
+    for _ in 0..8 {
+        let buffer = guest.driver.writable(4096);
+        guest.post(buffer);
+    }
+    post_events(&mut guest, 1);
+    assert!(guest.driver.wait_used(2).is_some());
+    guest.silent();
+    post_events(&mut guest, 1);
+    guest.expect(&mut socket, op::RESET);
+    guest.silent();
+    assert!(listener.set_nonblocking(true).is_ok() && listener.accept().is_err(), "dialed once");
+}
+
+#[test]
+fn ports_that_a_guest_uses_again_are_not_reset_for_what_they_were() {
+    let mut guest = Guest::new(64, 4096);
+    let listener = guest.listen(7);
+    let (_server, mut socket) = guest.call(&listener, 1000, 7);
+    post_events(&mut guest, 2);
+    restore(&mut guest);
+    assert!(guest.driver.wait_used(2).is_some());
+    guest.say(&socket, op::REQUEST);
+    let (mut server, _) = listener.accept().unwrap();
+    post_events(&mut guest, 1);
+    guest.expect(&mut socket, op::RESPONSE);
+    socket = Socket { host_room: socket.host_room, host_taken: 0, ..Socket::new(7, 1000) };
+    guest.write(&mut socket, b"new");
+    let mut text = [0; 3];
+    server.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"new");
+    guest.silent();
+}
+
+#[test]
+fn a_pause_between_the_event_and_its_answer_lets_nobody_in_early() {
+    let mut guest = Guest::new(64, 4096);
+    post_events(&mut guest, 4);
+    restore(&mut guest);
+    assert!(guest.driver.wait_used(2).is_some());
+    guest.stop();
+    guest.start();
+    let mut client = UnixStream::connect(guest.path(None)).unwrap();
+    client.write_all(b"CONNECT 5\n").unwrap();
+    guest.silent();
+    post_events(&mut guest, 1);
+    let socket = guest.answer(5);
+    assert_eq!(line(&mut client), format!("OK {}", socket.host_port));
+}
+
+#[test]
+fn a_guest_that_has_a_new_context_id_is_answered_where_it_was() {
+    let mut guest = Guest::new(16, 4096);
+    let (_client, socket) = guest.called(5);
+    post_events(&mut guest, 2);
+    guest.stop();
+    let saved: Saved = guest.device.save().open(KIND, VERSION).unwrap();
+    let saved = Saved { guest_cid: 77, ..saved };
+    guest.device.restore(&Section::new(KIND, VERSION, &saved)).unwrap();
+    guest.start();
+    let old = |header: Header| Header { src_cid: 77, ..header };
+    guest.send(&old(Socket::new(9, 1000).header(op::REQUEST)), &[]);
+    let mut resets = Vec::new();
+    for events in [1, 0] {
+        post_events(&mut guest, events);
+        let used = guest.driver.wait_used(0).unwrap();
+        let buffer = guest.posted.remove(&used.head).unwrap();
+        let header = Header::parse(guest.driver.peek(buffer.address, HEADER_LEN).first_chunk().unwrap());
+        resets.push((header.op, header.dst_cid, header.src_port, header.dst_port));
+    }
+    assert_eq!(resets, [(op::RESET, 77, 9, 1000), (op::RESET, 77, socket.host_port, 5)]);
+    assert_eq!(guest.count("bad_packets"), 0);
+    guest.send(&Header { src_cid: 78, ..socket.header(op::REQUEST) }, &[]);
+    guest.called(6);
+    assert_eq!(guest.count("bad_packets"), 1);
 }
 
 #[test]
@@ -200,8 +315,11 @@ fn a_reset_waits_for_a_buffer_and_survives_a_save() {
 fn saved_state_that_cannot_be_is_refused() {
     let mut guest = Guest::new(0, 0);
     guest.stop();
-    let saved = Saved { guest_cid: 2, reset_pending: false, turn: u32::MAX };
+    let saved = Saved { guest_cid: 2, reset_pending: false, turn: u32::MAX, peers: Vec::new() };
     assert!(guest.device.restore(&Section::new(KIND, VERSION, &saved)).is_err());
+    let saved = Saved { guest_cid: 3, peers: vec![(1, 2); 5000], ..saved };
+    let error = guest.device.restore(&Section::new(KIND, VERSION, &saved)).unwrap_err();
+    assert!(error.to_string().contains("5000 connections"), "{error}");
     assert!(guest.device.restore(&Section::new("virtio-net", VERSION, &saved)).is_err());
     assert!(guest.device.restore(&Section::new(KIND, VERSION + 1, &saved)).is_err());
     assert!(guest.device.restore(&Section::new(KIND, VERSION, &1u8)).is_err());
