@@ -22,10 +22,12 @@
 
 mod failure;
 pub mod frame;
+mod identity;
 mod report;
 mod spec;
 
 pub use failure::{Failure, FailureKind};
+pub use identity::{Identity, InterfaceIdentity, Outcome, Part};
 pub use report::{
     CpuStats, Event, Exit, ExitStatus, GuestStats, Hello, IoStats, MemoryStats, NetworkStats, PathKind,
     PathStat, PidStats, ProcessState, ProcessSummary, Stats,
@@ -168,7 +170,7 @@ pub enum Request {
     },
     /// Write every dirty page to the disks.
     Sync {},
-    /// Set the clock, after a pause or a restore.
+    /// Set the clock, after a pause.
     SetTime {
         /// Nanoseconds since 1970, UTC.
         unix_ns: u64,
@@ -176,7 +178,11 @@ pub enum Request {
         /// must not draw the numbers its twin drew.
         entropy: Vec<u8>,
     },
-    /// Configure interfaces again, after a restore or a hot plug.
+    /// Become another machine, after a restore: clock, random numbers, name, machine id and
+    /// addresses, whichever are given. Refused as a whole when something in it could not be
+    /// meant; else each part is done or not on its own. [`Reply::Identified`].
+    Identify(Box<Identity>),
+    /// Configure interfaces again, after a hot plug.
     Network {
         /// The interfaces to configure; others are left alone.
         interfaces: Vec<Interface>,
@@ -215,4 +221,6 @@ pub enum Reply {
     Stats(Box<Stats>),
     /// What is there.
     Path(PathStat),
+    /// What became of each part that was asked for, in the order of the fields.
+    Identified(Vec<Outcome>),
 }

@@ -25,11 +25,17 @@ pub fn feed(entropy: &[u8]) -> Result<(), Failure> {
     if entropy.is_empty() {
         return Ok(());
     }
+    check_entropy(entropy)?;
+    mix(entropy).map_err(|e| fail("feed the random generator", &e))
+}
+
+/// Refuses more than the kernel takes at once.
+pub fn check_entropy(entropy: &[u8]) -> Result<(), Failure> {
     if entropy.len() > MAX_ENTROPY {
         let message = format!("{} random bytes were sent, at most {MAX_ENTROPY} fit", entropy.len());
         return Err(Failure::new(FailureKind::BadRequest, message));
     }
-    mix(entropy).map_err(|e| fail("feed the random generator", &e))
+    Ok(())
 }
 
 fn mix(entropy: &[u8]) -> io::Result<()> {

@@ -11,6 +11,8 @@
 //! an overlay, in memory, so that mount points missing in the image can be made before the
 //! root is sealed.
 
+mod identity;
+
 use super::{
     cgroup::Cgroup,
     disks,
@@ -321,9 +323,7 @@ fn setting_path(name: &str) -> String {
 /// Refuses what could not be meant.
 fn check(setup: &Setup) -> Result<(), Failure> {
     let bad = |message: String| Err(Failure::new(FailureKind::BadRequest, message));
-    if setup.hostname.len() > 64 || setup.hostname.contains(|c: char| c == '/' || c.is_control()) {
-        return bad(format!("{:?} is no host name; at most 64 bytes, no slash", setup.hostname));
-    }
+    etc::check_hostname(&setup.hostname)?;
     if !(0..=64).contains(&setup.stop_signal) {
         return bad(format!("{} is no signal; 1 to 64 are", setup.stop_signal));
     }

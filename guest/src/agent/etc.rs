@@ -10,6 +10,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// Longest `/etc/hosts` that is changed rather than written anew.
+const MAX_HOSTS: u64 = 1 << 20;
+
 /// The files made.
 #[derive(Debug)]
 pub struct Files {
@@ -50,6 +53,27 @@ pub fn write(directory: &Path, hostname: &str, setup: &Setup) -> Result<Files, F
     Ok(Files { directory: directory.into(), names })
 }
 
+/// Replaces the machine's name and addresses in files written before; what the container has
+/// added to them stays.
+pub fn rewrite(directory: &Path, before: (&str, &Setup), now: (&str, &Setup)) -> Result<(), Failure> {
+    let path = directory.join("hosts");
+    // Larger than it can have become by people's hands: begin anew.
+    let there = fs::metadata(&path).is_ok_and(|file| file.len() <= MAX_HOSTS);
+    let text = there.then(|| fs::read_to_string(&path).ok()).flatten();
+    let text = match text {
+        None => hosts(now.0, now.1),
+        Some(text) => {
+            let old = own_lines(before.0, before.1);
+            let others = text.lines().filter(|line| !old.lines().any(|own| own == *line));
+            let others: String = others.flat_map(|line| [line, "\n"]).collect();
+            others + &own_lines(now.0, now.1)
+        }
+    };
+    fs::write(&path, text).map_err(|e| fail("write /etc/hosts", &e))?;
+    let name = format!("{}\n", now.0);
+    fs::write(directory.join("hostname"), name).map_err(|e| fail("write /etc/hostname", &e))
+}
+
 fn fail(what: &str, error: &io::Error) -> Failure {
     Failure::new(FailureKind::System, format!("Cannot {what}: {error}"))
 }
@@ -63,18 +87,25 @@ fn hosts(hostname: &str, setup: &Setup) -> String {
          ff02::1\tip6-allnodes\n\
          ff02::2\tip6-allrouters\n",
     );
+    text.push_str(&own_lines(hostname, setup));
+    for host in &setup.hosts {
+        let _ = writeln!(text, "{}\t{}", host.address, host.name);
+    }
+    text
+}
+
+/// The lines of the machine's own name.
+fn own_lines(hostname: &str, setup: &Setup) -> String {
     let addresses = setup.network.iter().flat_map(|i| &i.addresses);
     let mut own: Vec<&str> = addresses.filter_map(|a| a.split('/').next()).collect();
     if own.is_empty() {
         own.push("127.0.1.1");
     }
+    let mut text = String::new();
     if hostname != "localhost" {
         for address in own {
             let _ = writeln!(text, "{address}\t{hostname}");
         }
-    }
-    for host in &setup.hosts {
-        let _ = writeln!(text, "{}\t{}", host.address, host.name);
     }
     text
 }
@@ -92,6 +123,15 @@ fn resolv_conf(setup: &Setup) -> String {
         let _ = writeln!(text, "options {}", dns.options.join(" "));
     }
     text
+}
+
+/// Refuses what is no name for a machine.
+pub fn check_hostname(name: &str) -> Result<(), Failure> {
+    if name.len() > 64 || name.contains(|c: char| c == '/' || c.is_control() || c.is_whitespace()) {
+        let message = format!("{name:?} is no host name; at most 64 bytes, no slash, no space");
+        return Err(Failure::new(FailureKind::BadRequest, message));
+    }
+    Ok(())
 }
 
 /// Refuses names and addresses that would be more than one word of a line.
@@ -132,6 +172,32 @@ mod tests {
         setup.network = vec![Interface { addresses: vec!["10.0.0.2/24".into()], ..Interface::default() }];
         setup.hosts = vec![Host { name: "db".into(), address: "10.0.0.9".into() }];
         assert!(hosts("box", &setup).ends_with("10.0.0.2\tbox\n10.0.0.9\tdb\n"));
+    }
+
+    #[test]
+    fn a_new_name_replaces_the_old_one_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let interface = |a: &str| vec![Interface { addresses: vec![a.into()], ..Interface::default() }];
+        let before = Setup { network: interface("10.0.0.2/24"), ..Setup::default() };
+        let now = Setup { network: interface("10.0.0.3/24"), ..Setup::default() };
+        let path = directory.path().join("hosts");
+        write(directory.path(), "old", &before).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, format!("{text}10.0.0.2\tolder\n10.9.9.9\told\n# mine")).unwrap();
+        for _ in 0..2 {
+            rewrite(directory.path(), ("old", &before), ("new", &now)).unwrap();
+            let text = fs::read_to_string(&path).unwrap();
+            let (base, rest) = text.split_once("ip6-allrouters\n").unwrap();
+            assert!(base.starts_with("127.0.0.1\tlocalhost\n"));
+            let expected = "10.0.0.2\tolder\n10.9.9.9\told\n# mine\n10.0.0.3\tnew\n";
+            assert!(rest.starts_with(expected), "{rest}");
+            assert_eq!(fs::read_to_string(directory.path().join("hostname")).unwrap(), "new\n");
+            // The same again, as from a request that is repeated.
+            fs::write(&path, text.replacen("10.0.0.3\tnew\n", "10.0.0.2\told\n", 1)).unwrap();
+        }
+        fs::write(&path, vec![b'x'; 2 << 20]).unwrap();
+        rewrite(directory.path(), ("old", &before), ("new", &now)).unwrap();
+        assert!(fs::read_to_string(&path).unwrap().ends_with("10.0.0.3\tnew\n"));
     }
 
     #[test]

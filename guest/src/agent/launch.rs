@@ -36,6 +36,11 @@ pub struct Namespaces {
 }
 
 impl Namespaces {
+    /// The namespace of the machine's name.
+    pub fn names(&self) -> Option<&OwnedFd> {
+        self.others.iter().find(|(_, kind)| *kind == libc::CLONE_NEWUTS).map(|(fd, _)| fd)
+    }
+
     fn of(pid: i32) -> io::Result<Self> {
         let open = |name: &str| File::open(format!("/proc/{pid}/ns/{name}")).map(OwnedFd::from);
         Ok(Self {

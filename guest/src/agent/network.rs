@@ -1,29 +1,21 @@
-//! Network interfaces: addresses, routes, MTU, up.
-//!
-//! ```text
-//!   nlmsghdr │ ifinfomsg / ifaddrmsg / rtmsg │ attribute │ attribute │ ...
-//! ```
-//!
-//! Four kinds of rtnetlink messages are all that is needed, each acknowledged by the kernel;
-//! they are written here rather than by the usual crate because that one brings an async
-//! runtime into process 1 (source: Linux `rtnetlink(7)`, `netlink(7)`).
+//! Network interfaces: addresses, routes, MTU, up; and, for a machine that was restored, other
+//! addresses than those it had.
 
-use super::syscall::{check, owned, read, write};
-use guest::protocol::{Failure, FailureKind, Interface};
+mod link;
+
+use guest::protocol::{Failure, FailureKind, Interface, InterfaceIdentity};
+use link::{Found, Link};
 use std::{
-    fs, io,
-    net::IpAddr,
-    os::fd::{AsRawFd, OwnedFd},
+    io,
+    net::{IpAddr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
 /// Longest wait for an interface to appear.
 const LIMIT: Duration = Duration::from_secs(5);
 
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLM_F_REPLACE: u16 = 0x100;
-const NLM_F_CREATE: u16 = 0x400;
+/// Most addresses an interface is given at once.
+const MAX_ADDRESSES: usize = 64;
 
 /// Brings the loopback interface up.
 pub fn loopback() -> Result<(), Failure> {
@@ -43,7 +35,7 @@ pub fn configure(interfaces: &[Interface]) -> Result<(), Failure> {
 fn configure_one(link: &mut Link, interface: &Interface) -> Result<(), Failure> {
     let addresses = interface.addresses.iter().map(|a| parse_prefix(a)).collect::<Result<Vec<_>, _>>()?;
     let gateways = interface.gateways.iter().map(|a| parse_address(a)).collect::<Result<Vec<_>, _>>()?;
-    let (name, index) = find(interface)?;
+    let Found { name, index, .. } = find(link, interface)?;
     let what = |what: &str| format!("{what} the interface {name}");
     let mut changes = Vec::new();
     if !interface.name.is_empty() && interface.name != name {
@@ -63,6 +55,113 @@ fn configure_one(link: &mut Link, interface: &Interface) -> Result<(), Failure> 
             .map_err(|e| fail(&format!("route by {gateway} on the interface {name}"), &e))?;
     }
     Ok(())
+}
+
+/// Refuses what could not be meant.
+pub fn check_identity(identity: &InterfaceIdentity) -> Result<(), Failure> {
+    check_name(&identity.name)?;
+    if identity.name.is_empty() && identity.mac.is_empty() {
+        return Err(bad("An interface to change has neither a name nor a hardware address".to_owned()));
+    }
+    for mac in [(!identity.mac.is_empty()).then_some(&identity.mac), identity.new_mac.as_ref()] {
+        mac.map_or(Ok(()), |mac| parse_mac(mac).map(drop))?;
+    }
+    if identity.addresses.len() > MAX_ADDRESSES {
+        let count = identity.addresses.len();
+        return Err(bad(format!(
+            "An interface is to have {count} addresses, at most {MAX_ADDRESSES} may be"
+        )));
+    }
+    identity.addresses.iter().try_for_each(|address| parse_prefix(address).map(drop))?;
+    let gateways = identity.gateways.iter().map(|gateway| parse_address(gateway));
+    let gateways = gateways.collect::<Result<Vec<_>, _>>()?;
+    let of = |four| gateways.iter().filter(|gateway| gateway.is_ipv4() == four).count();
+    if of(true) > 1 || of(false) > 1 {
+        return Err(bad("An interface is to have several default routes of one family".to_owned()));
+    }
+    Ok(())
+}
+
+/// Gives an interface other addresses than it has. Already having them is fine.
+pub fn identify(identity: &InterfaceIdentity) -> Result<(), Failure> {
+    check_identity(identity)?;
+    let addresses = identity.addresses.iter().map(|a| parse_prefix(a)).collect::<Result<Vec<_>, _>>()?;
+    let new_mac = identity.new_mac.as_deref().map(parse_mac).transpose()?;
+    let mut link = Link::open().map_err(|e| fail("talk to the kernel's network", &e))?;
+    // By its present address, or by the new one if it has that already.
+    let by = |mac: &str| Interface { mac: mac.into(), name: identity.name.clone(), ..Interface::default() };
+    let found = look(&mut link, &by(&identity.mac));
+    let found = found.or_else(|| look(&mut link, &by(identity.new_mac.as_deref()?)));
+    let found = found.ok_or_else(|| absent(&by(&identity.mac)))?;
+    let (name, index) = (&found.name, found.index);
+    if let Some(mac) = new_mac {
+        change_mac(&mut link, &found, mac)
+            .map_err(|e| fail(&format!("give a new hardware address to the interface {name}"), &e))?;
+    }
+    if !addresses.is_empty() {
+        replace_addresses(&mut link, index, &addresses)
+            .map_err(|e| fail(&format!("change the addresses of the interface {name}"), &e))?;
+        link.change(index, &[], true).map_err(|e| fail(&format!("bring up the interface {name}"), &e))?;
+    }
+    for gateway in &identity.gateways {
+        link.add_default(index, parse_address(gateway)?)
+            .map_err(|e| fail(&format!("route by {gateway} on the interface {name}"), &e))?;
+    }
+    Ok(())
+}
+
+/// Changes a hardware address, and the IPv6 address that the kernel made from it: two clones on
+/// one network must not share that either.
+fn change_mac(link: &mut Link, found: &Found, mac: [u8; 6]) -> io::Result<()> {
+    let (index, old) = (found.index, found.mac);
+    if old == Some(mac) {
+        return Ok(());
+    }
+    link.change(index, &[(libc::IFLA_ADDRESS, mac.to_vec())], false)?;
+    let Some(old) = old.map(|mac| (link_local(mac), 64)) else { return Ok(()) };
+    if link.addresses(index)?.contains(&old) {
+        link.remove_address(index, old)?;
+        let (address, prefix) = (link_local(mac), 64);
+        link.add_address(index, address, prefix)?;
+    }
+    Ok(())
+}
+
+/// Takes away what is not in `wanted` and gives what is missing. In this order: an address of the
+/// same net as one that is there would be second to it, and go with it.
+fn replace_addresses(link: &mut Link, index: i32, wanted: &[(IpAddr, u8)]) -> io::Result<()> {
+    for old in link.addresses(index)? {
+        let of_the_link = matches!(old.0, IpAddr::V6(a) if a.is_unicast_link_local());
+        if !of_the_link && !wanted.contains(&old) {
+            link.remove_address(index, old)?;
+        }
+    }
+    wanted.iter().try_for_each(|(address, prefix)| link.add_address(index, *address, *prefix))
+}
+
+/// The address that IPv6 makes from a hardware address (RFC 4291, appendix A).
+fn link_local([a, b, c, d, e, f]: [u8; 6]) -> IpAddr {
+    let identifier = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    let prefix = [0xfe, 0x80, 0, 0, 0, 0, 0, 0];
+    let mut octets = [0; 16];
+    octets.iter_mut().zip(prefix.into_iter().chain(identifier)).for_each(|(to, from)| *to = from);
+    Ipv6Addr::from(octets).into()
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], Failure> {
+    let wrong =
+        || bad(format!("{text:?} is not the hardware address of an interface, like 02:fc:00:00:00:01"));
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()));
+        *byte = part.and_then(|p| u8::from_str_radix(p, 16).ok()).ok_or_else(wrong)?;
+    }
+    let [first, ..] = mac;
+    if parts.next().is_some() || first & 1 != 0 || mac == [0; 6] {
+        return Err(wrong());
+    }
+    Ok(mac)
 }
 
 fn fail(what: &str, error: &io::Error) -> Failure {
@@ -90,176 +189,43 @@ fn zero_ended(text: &str) -> Vec<u8> {
     [text.as_bytes(), b"\0"].concat()
 }
 
-/// Finds an interface by its hardware address or name; its present name and number.
-fn find(interface: &Interface) -> Result<(String, i32), Failure> {
-    if interface.name.len() > 15 || interface.name.contains(['/', '\0', ' ']) {
-        return Err(bad(format!("{:?} is no name for an interface", interface.name)));
-    }
+/// Finds an interface by its hardware address or name.
+fn find(link: &mut Link, interface: &Interface) -> Result<Found, Failure> {
+    check_name(&interface.name)?;
     let until = Instant::now() + LIMIT;
     loop {
-        if let Some(found) = look(interface) {
+        if let Some(found) = look(link, interface) {
             return Ok(found);
         }
         if Instant::now() >= until {
-            let by = if interface.mac.is_empty() { &interface.name } else { &interface.mac };
-            return Err(Failure::new(
-                FailureKind::System,
-                format!("The machine has no network interface {by:?}"),
-            ));
+            return Err(absent(interface));
         }
         // Only reached when the host names an interface that its machine has not got yet.
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-fn look(interface: &Interface) -> Option<(String, i32)> {
-    for entry in fs::read_dir("/sys/class/net").ok()?.flatten() {
-        let text = |file: &str| fs::read_to_string(entry.path().join(file)).map(|t| t.trim().to_owned()).ok();
-        let name = entry.file_name().into_string().ok()?;
-        let matches = if interface.mac.is_empty() {
-            name == interface.name
-        } else {
-            text("address").is_some_and(|a| a.eq_ignore_ascii_case(&interface.mac))
-        };
-        if matches {
-            return Some((name, text("ifindex")?.parse().ok()?));
-        }
-    }
-    None
+fn absent(interface: &Interface) -> Failure {
+    let by = if interface.mac.is_empty() { &interface.name } else { &interface.mac };
+    Failure::new(FailureKind::System, format!("The machine has no network interface {by:?}"))
 }
 
-/// A message being written.
-struct Message(Vec<u8>);
-
-impl Message {
-    /// A message of `kind` with its fixed part.
-    fn new(kind: u16, flags: u16, fixed: &[u8]) -> Self {
-        let mut bytes = vec![0; 4]; // length, known at the end
-        bytes.extend_from_slice(&kind.to_ne_bytes());
-        bytes.extend_from_slice(&(flags | NLM_F_REQUEST | NLM_F_ACK).to_ne_bytes());
-        bytes.extend_from_slice(&[0; 8]); // sequence and port: one request at a time
-        bytes.extend_from_slice(fixed);
-        Self(bytes)
+fn check_name(name: &str) -> Result<(), Failure> {
+    if name.len() > 15 || name.contains(['/', '\0', ' ']) {
+        return Err(bad(format!("{name:?} is no name for an interface")));
     }
-
-    fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
-        let length = (4 + value.len()) as u16;
-        self.0.extend_from_slice(&length.to_ne_bytes());
-        self.0.extend_from_slice(&kind.to_ne_bytes());
-        self.0.extend_from_slice(value);
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-        self
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        let length = self.0.len() as u32;
-        self.0[..4].copy_from_slice(&length.to_ne_bytes());
-        self.0
-    }
+    Ok(())
 }
 
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(a) => a.octets().to_vec(),
-        IpAddr::V6(a) => a.octets().to_vec(),
-    }
-}
-
-fn family(address: IpAddr) -> u8 {
-    (if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 }) as u8
-}
-
-/// A conversation with the kernel's network.
-struct Link(OwnedFd);
-
-impl Link {
-    fn open() -> io::Result<Self> {
-        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-        // SAFETY: socket has no memory arguments.
-        let socket = owned(unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) })?;
-        let limit = libc::timeval { tv_sec: 5, tv_usec: 0 };
-        let size = size_of::<libc::timeval>() as libc::socklen_t;
-        // SAFETY: a timeval with its size.
-        check(unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_RCVTIMEO,
-                (&raw const limit).cast(),
-                size,
-            )
-        })?;
-        Ok(Self(socket))
-    }
-
-    /// `RTM_NEWLINK`: attributes, and up if asked.
-    fn change(&mut self, index: i32, attributes: &[(u16, Vec<u8>)], up: bool) -> io::Result<()> {
-        if attributes.is_empty() && !up {
-            return Ok(());
-        }
-        let flags = if up { libc::IFF_UP as u32 } else { 0 };
-        let mut fixed = vec![0; 4]; // family, padding, type
-        fixed.extend_from_slice(&index.to_ne_bytes());
-        fixed.extend_from_slice(&flags.to_ne_bytes());
-        fixed.extend_from_slice(&flags.to_ne_bytes()); // which flags change
-        let message = Message::new(libc::RTM_NEWLINK, 0, &fixed);
-        let message = attributes.iter().fold(message, |m, (kind, value)| m.attribute(*kind, value));
-        self.ask(message)
-    }
-
-    /// `RTM_NEWADDR`.
-    fn add_address(&mut self, index: i32, address: IpAddr, prefix: u8) -> io::Result<()> {
-        // An address given by the host is not doubted: no duplicate detection, at once usable.
-        let flags = libc::IFA_F_PERMANENT | libc::IFA_F_NODAD;
-        let mut fixed = vec![family(address), prefix, flags as u8, 0];
-        fixed.extend_from_slice(&index.to_ne_bytes());
-        let mut message = Message::new(libc::RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &fixed)
-            .attribute(libc::IFA_LOCAL, &octets(address))
-            .attribute(libc::IFA_ADDRESS, &octets(address));
-        if let IpAddr::V4(a) = address
-            && prefix < 31
-        {
-            let broadcast = a.to_bits() | u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
-            message = message.attribute(libc::IFA_BROADCAST, &broadcast.to_be_bytes());
-        }
-        self.ask(message)
-    }
-
-    /// `RTM_NEWROUTE` for everything by `gateway`, which need not be in the interface's net.
-    fn add_default(&mut self, index: i32, gateway: IpAddr) -> io::Result<()> {
-        let mut fixed = vec![
-            family(gateway),
-            0, // destination prefix: everything
-            0,
-            0,
-            libc::RT_TABLE_MAIN,
-            libc::RTPROT_BOOT,
-            libc::RT_SCOPE_UNIVERSE,
-            libc::RTN_UNICAST,
-        ];
-        const RTNH_F_ONLINK: u32 = 4;
-        let on_link = RTNH_F_ONLINK;
-        fixed.extend_from_slice(&on_link.to_ne_bytes());
-        let message = Message::new(libc::RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &fixed)
-            .attribute(libc::RTA_GATEWAY, &octets(gateway))
-            .attribute(libc::RTA_OIF, &index.to_ne_bytes());
-        self.ask(message)
-    }
-
-    /// Sends a message and reads the kernel's acknowledgement.
-    fn ask(&mut self, message: Message) -> io::Result<()> {
-        const ERROR: u16 = libc::NLMSG_ERROR as u16;
-        write(&self.0, &message.finish())?;
-        let mut answer = [0; 4096];
-        let n = read(&self.0, &mut answer)?;
-        let field = |at: usize| answer[..n].get(at..at + 4).and_then(|b| b.try_into().ok());
-        let kind = answer[..n].get(4..6).map(|b| u16::from_ne_bytes([b[0], b[1]]));
-        match (kind, field(16).map(i32::from_ne_bytes)) {
-            (Some(ERROR), Some(0)) => Ok(()),
-            (Some(ERROR), Some(error)) => Err(io::Error::from_raw_os_error(error.wrapping_neg())),
-            _ => Err(io::ErrorKind::InvalidData.into()),
-        }
-    }
+/// The interface with this hardware address or, where none is given, this name.
+fn look(link: &mut Link, interface: &Interface) -> Option<Found> {
+    // An address of another form is of no interface here.
+    let mac = (!interface.mac.is_empty()).then(|| parse_mac(&interface.mac).ok());
+    let is_it = |found: &Found| match mac {
+        Some(mac) => mac.is_some() && found.mac == mac,
+        None => found.name == interface.name,
+    };
+    link.interfaces().ok()?.into_iter().find(is_it)
 }
 
 #[cfg(test)]
@@ -276,16 +242,42 @@ mod tests {
     }
 
     #[test]
-    fn attributes_are_padded_to_four_bytes() {
-        let bytes = Message::new(16, 0, &[0; 16]).attribute(3, b"eth0\0").finish();
-        assert_eq!(bytes.len(), 16 + 16 + 12);
-        assert_eq!(bytes[..4], 44u32.to_ne_bytes());
-        assert_eq!(bytes[32..36], [9, 0, 3, 0]);
+    fn hardware_addresses_are_those_of_one_interface() {
+        assert_eq!(parse_mac("02:FC:00:00:00:0a").unwrap(), [2, 0xfc, 0, 0, 0, 10]);
+        for text in ["", "02:fc:00:00:00", "02:fc:00:00:00:01:02", "01:00:5e:00:00:01", "ff:ff:ff:ff:ff:ff"] {
+            assert!(parse_mac(text).is_err(), "{text}");
+        }
+        for text in
+            ["00:00:00:00:00:00", "2:fc:0:0:0:1", "02-fc-00-00-00-01", "+2:fc:00:00:00:01", "ü:ü:ü:ü:ü:ü"]
+        {
+            assert!(parse_mac(text).is_err(), "{text}");
+        }
+        assert_eq!(link_local([0x02, 0xfc, 0, 0, 0, 1]).to_string(), "fe80::fc:ff:fe00:1");
+    }
+
+    #[test]
+    fn an_identity_that_could_not_be_meant_is_refused() {
+        let eth0 = || InterfaceIdentity { name: "eth0".into(), ..InterfaceIdentity::default() };
+        let list = |texts: &[&str]| texts.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
+        check_identity(&eth0()).unwrap();
+        for wrong in [
+            InterfaceIdentity::default(),
+            InterfaceIdentity { name: "x".repeat(16), ..eth0() },
+            InterfaceIdentity { mac: "x".into(), ..eth0() },
+            InterfaceIdentity { new_mac: Some(String::new()), ..eth0() },
+            InterfaceIdentity { addresses: list(&["10.0.0.1"]), ..eth0() },
+            InterfaceIdentity { addresses: vec!["10.0.0.1/8".into(); 65], ..eth0() },
+            InterfaceIdentity { gateways: list(&["10.0.0.1/8"]), ..eth0() },
+            InterfaceIdentity { gateways: list(&["10.0.0.1", "10.0.0.2"]), ..eth0() },
+        ] {
+            assert_eq!(check_identity(&wrong).unwrap_err().kind, FailureKind::BadRequest, "{wrong:?}");
+        }
+        check_identity(&InterfaceIdentity { gateways: list(&["10.0.0.1", "fd00::1"]), ..eth0() }).unwrap();
     }
 
     #[test]
     fn an_absent_interface_is_named() {
         let interface = Interface { name: "no/such".into(), ..Interface::default() };
-        assert!(find(&interface).unwrap_err().message.contains("no/such"));
+        assert!(find(&mut Link::open().unwrap(), &interface).unwrap_err().message.contains("no/such"));
     }
 }

@@ -202,6 +202,7 @@ impl Server {
                 clock::feed(&entropy)?;
                 clock::set(unix_ns)?;
             }
+            Request::Identify(identity) => return container.identify(&identity).map(Reply::Identified),
             Request::Network { interfaces } => network::configure(&interfaces)?,
             Request::Wait { .. } | Request::Shutdown { .. } => {
                 return Err(Failure::new(FailureKind::BadRequest, "Not here"));

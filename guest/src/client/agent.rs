@@ -2,8 +2,8 @@
 
 use super::{ANSWER_TIMEOUT, ClientError, WORK_TIMEOUT, connection::Deadline, printable};
 use crate::protocol::{
-    Event, Exit, Failure, Hello, Interface, Open, PathStat, ProcessId, ProcessSpec, ProcessSummary, Reply,
-    Request, Setup, Size, Stats, VERSION, frame, frame::FrameError,
+    Event, Exit, Failure, Hello, Identity, Interface, Open, Outcome, Part, PathStat, ProcessId, ProcessSpec,
+    ProcessSummary, Reply, Request, Setup, Size, Stats, VERSION, frame, frame::FrameError,
 };
 use serde::Serialize;
 use std::{os::unix::net::UnixStream, time::Duration};
@@ -175,6 +175,21 @@ impl Agent {
         self.done(&Request::SetTime { unix_ns, entropy }, self.timeout, "set its clock")
     }
 
+    /// Makes a restored machine another one than it was saved as; what came of each part. An
+    /// agent of before there was this answers with [`crate::protocol::FailureKind::BadRequest`],
+    /// as for values that could not be meant, and has done nothing.
+    ///
+    /// # Errors
+    /// [`ClientError::Agent`].
+    pub fn identify(&mut self, identity: Identity) -> Result<Vec<Outcome>, ClientError> {
+        let what = "become another machine";
+        let request = Request::Identify(Box::new(identity));
+        match self.ask(&request, Some(WORK_TIMEOUT), what)? {
+            Reply::Identified(outcomes) => Ok(outcomes.into_iter().map(clean_outcome).collect()),
+            other => Err(unexpected(other, what)),
+        }
+    }
+
     /// Configures interfaces anew.
     ///
     /// # Errors
@@ -311,6 +326,14 @@ pub(super) fn unexpected(reply: Reply, what: &'static str) -> ClientError {
         Reply::Failed(failure) => ClientError::Agent(clean(&failure)),
         _ => ClientError::Answer { what, source: None },
     }
+}
+
+fn clean_outcome(outcome: Outcome) -> Outcome {
+    let part = match outcome.part {
+        Part::Interface(name) => Part::Interface(printable(&name)),
+        other => other,
+    };
+    Outcome { part, failure: outcome.failure.as_ref().map(clean) }
 }
 
 fn clean(failure: &Failure) -> Failure {

@@ -7,5 +7,6 @@
 mod archives;
 mod fixture;
 mod hostile;
+mod identity;
 mod processes;
 mod streams;
