@@ -114,11 +114,26 @@ impl Chain {
         self.read_below(0, offset, buffer)
     }
 
+    /// The same, of bytes whose hashes were checked where there are hashes.
+    pub fn read_checked(&self, offset: u64, buffer: &mut [u8]) -> Result<(), SnapshotError> {
+        self.gather(0, offset, buffer, Snapshot::read_checked)
+    }
+
     pub(crate) fn read_below(
+        &self,
+        skip: usize,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), SnapshotError> {
+        self.gather(skip, offset, buffer, Snapshot::read)
+    }
+
+    fn gather(
         &self,
         skip: usize,
         mut offset: u64,
         mut buffer: &mut [u8],
+        read: fn(&Snapshot, u64, &mut [u8]) -> Result<(), SnapshotError>,
     ) -> Result<(), SnapshotError> {
         while !buffer.is_empty() {
             let beyond = || SnapshotError::Request(format!("Memory has no byte {offset}"));
@@ -126,7 +141,7 @@ impl Chain {
             let count = place.length.min(buffer.len() as u64);
             let (head, rest) = buffer.split_at_mut(count as usize);
             match place.layer.and_then(|n| self.layers.get(n)) {
-                Some(layer) => layer.read(offset, head)?,
+                Some(layer) => read(layer, offset, head)?,
                 None => head.fill(0),
             }
             (buffer, offset) = (rest, offset + count);

@@ -6,13 +6,14 @@
 //! directory does not change what a reader sees.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io,
     ops::ControlFlow,
     os::{fd::AsRawFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     ptr::NonNull,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use devices::state::Section;
@@ -49,20 +50,22 @@ pub struct Snapshot {
     manifest: Manifest,
     index: Index,
     pages: Pages,
+    /// Numbers of the chunks that have hashes, in the order of the hashes.
+    hashed: OnceLock<Vec<u64>>,
+    /// The chunks that were read last, the latest first.
+    recent: Mutex<VecDeque<(u64, Arc<Vec<u8>>)>>,
 }
 
 /// Where its pages are.
 #[derive(Debug)]
 enum Pages {
     File(File),
-    Store {
-        store: Store,
-        /// Numbers of the chunks that have hashes, in the order of the hashes.
-        numbers: Vec<u64>,
-        /// The chunk that was read last.
-        last: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
-    },
+    Store(Store),
 }
+
+/// Chunks that are kept: two guest threads that each walk through memory are served without
+/// unpacking a chunk twice.
+const RECENT: usize = 4;
 
 /// What verifying found to be right.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -87,14 +90,18 @@ impl Snapshot {
         let index = Index::decode(&bytes, memory.size, memory.chunk_size, memory.hashed).map_err(damaged)?;
         let pages = match (&memory.file, &memory.store) {
             (Some(name), _) => Pages::File(open_memory(&directory, path, name, memory.size)?),
-            (None, Some(store)) => Pages::Store {
-                store: find_store(path, &store.hint, search)?,
-                numbers: index.extents.chunks(memory.chunk_size).collect(),
-                last: Mutex::default(),
-            },
+            (None, Some(store)) => Pages::Store(find_store(path, &store.hint, search)?),
             (None, None) => return Err(damaged("it has no pages".to_owned())),
         };
-        Ok(Snapshot { path: path.into(), directory, manifest, index, pages })
+        Ok(Snapshot {
+            path: path.into(),
+            directory,
+            manifest,
+            index,
+            pages,
+            hashed: OnceLock::new(),
+            recent: Mutex::default(),
+        })
     }
 
     /// Where it was opened.
@@ -122,7 +129,7 @@ impl Snapshot {
     pub fn memory_file(&self) -> Option<&File> {
         match &self.pages {
             Pages::File(file) => Some(file),
-            Pages::Store { .. } => None,
+            Pages::Store(_) => None,
         }
     }
 
@@ -130,7 +137,7 @@ impl Snapshot {
     pub fn store(&self) -> Option<&Store> {
         match &self.pages {
             Pages::File(_) => None,
-            Pages::Store { store, .. } => Some(store),
+            Pages::Store(store) => Some(store),
         }
     }
 
@@ -162,16 +169,33 @@ impl Snapshot {
     }
 
     /// Fills `buffer` with the pages at `offset`, which must be present ones of this snapshot.
+    /// Those of a memory file are as they lie there.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), SnapshotError> {
-        let end = offset.saturating_add(buffer.len() as u64);
-        if !matches!(self.index.extents.find(offset), Found::Until(until) if until >= end) {
-            let text = format!("Pages at {offset} are not in snapshot {}", self.path.display());
-            return Err(SnapshotError::Request(text));
-        }
         match &self.pages {
-            Pages::File(file) => doing(file.read_exact_at(buffer, offset), || self.cannot_read()),
-            Pages::Store { .. } => self.read_chunks(offset, buffer),
+            Pages::File(file) => {
+                self.check_present(offset, buffer.len())?;
+                doing(file.read_exact_at(buffer, offset), || self.cannot_read())
+            }
+            Pages::Store(_) => self.read_checked(offset, buffer),
         }
+    }
+
+    /// The same, but a chunk that has a hash is read whole and must have that hash.
+    pub fn read_checked(&self, offset: u64, buffer: &mut [u8]) -> Result<(), SnapshotError> {
+        if !self.manifest.memory.hashed {
+            return self.read(offset, buffer);
+        }
+        self.check_present(offset, buffer.len())?;
+        self.read_chunks(offset, buffer)
+    }
+
+    fn check_present(&self, offset: u64, length: usize) -> Result<(), SnapshotError> {
+        let end = offset.saturating_add(length as u64);
+        if matches!(self.index.extents.find(offset), Found::Until(until) if until >= end) {
+            return Ok(());
+        }
+        let text = format!("Pages at {offset} are not in snapshot {}", self.path.display());
+        Err(SnapshotError::Request(text))
     }
 
     fn read_chunks(&self, mut offset: u64, mut buffer: &mut [u8]) -> Result<(), SnapshotError> {
@@ -192,17 +216,36 @@ impl Snapshot {
 
     /// The present pages of a chunk, checked against its hash.
     fn chunk(&self, number: u64) -> Result<Arc<Vec<u8>>, SnapshotError> {
-        let Pages::Store { store, numbers, last } = &self.pages else { return Err(self.no_chunk(number)) };
-        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, bytes)) = last.as_ref().filter(|(at, _)| *at == number) {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, bytes)) = recent.iter().find(|(at, _)| *at == number) {
             return Ok(Arc::clone(bytes));
         }
-        let chunks = self.index.extents.inside(self.index.window(number));
-        let length: u64 = chunks.map(Run::len).sum();
-        let at = numbers.binary_search(&number).map_err(|_| self.no_chunk(number))?;
-        let digest = self.index.hashes.get(at).ok_or_else(|| self.no_chunk(number))?;
-        let bytes = Arc::new(doing(store.get(*digest, length as usize), || self.cannot_read())?);
-        *last = Some((number, Arc::clone(&bytes)));
+        let hashed = self.hashed.get_or_init(|| self.index.hashed_chunks().map(|(n, _)| n).collect());
+        let at = hashed.binary_search(&number).map_err(|_| self.no_chunk(number))?;
+        let digest = *self.index.hashes.get(at).ok_or_else(|| self.no_chunk(number))?;
+        let runs = self.index.extents.inside(self.index.window(number));
+        let bytes = match &self.pages {
+            Pages::Store(store) => {
+                let length: u64 = runs.map(Run::len).sum();
+                doing(store.get(digest, length as usize), || self.cannot_read())?
+            }
+            Pages::File(file) => {
+                let mut bytes = Vec::new();
+                for run in runs {
+                    let at = bytes.len();
+                    bytes.resize(at + run.len() as usize, 0);
+                    let piece = bytes.get_mut(at..).unwrap_or_default();
+                    doing(file.read_exact_at(piece, run.start), || self.cannot_read())?;
+                }
+                if Digest::of(&bytes) != digest {
+                    return Err(self.no_chunk(number));
+                }
+                bytes
+            }
+        };
+        let bytes = Arc::new(bytes);
+        recent.truncate(RECENT - 1);
+        recent.push_front((number, Arc::clone(&bytes)));
         Ok(bytes)
     }
 
