@@ -14,6 +14,7 @@
 //!   template changes to that and to MSRs, as a machine's description asks for
 //!   irqchip  interrupt controllers and guest clock: save, load
 //!   state    one vCPU: save, load, bytes
+//!   needs    what a saved machine relies on, what a host offers, what several have in common
 //!   coredump memory and registers -> a file that debuggers open
 //!   debug    registers as gdb names them, breakpoints as the processor keeps them
 //! ```
@@ -42,7 +43,7 @@ pub mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{
-    acpi, boot, coredump, cpuid, debug, generation, irqchip, layout, msr, regs, state, template,
+    acpi, boot, coredump, cpuid, debug, generation, irqchip, layout, msr, needs, regs, state, template,
 };
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -6,6 +6,7 @@
 
 pub mod completion;
 pub mod cp;
+pub mod cpu;
 pub mod doctor;
 pub mod door;
 pub mod ending;
@@ -81,6 +82,7 @@ enum Command {
     Stats(stats::Args),
     Images(images::Args),
     Snapshot(snapshot::Args),
+    Cpu(cpu::Args),
     Doctor(doctor::Args),
     Serve(serve::Args),
     Certs(serve::CertsArgs),
@@ -136,6 +138,7 @@ fn dispatch(Nacelle { host, tlsdir, command }: Nacelle) -> Outcome<u8> {
         Command::Serve(_) | Command::Certs(_) => return serve::become_service(),
         Command::Doctor(args) => return doctor::run(args),
         Command::Snapshot(args) => return snapshot::run(args),
+        Command::Cpu(args) => return cpu::run(args),
         Command::Completion(args) => return completion::run(args),
         Command::Launch => return run::launch(),
         Command::Keep { id } => return Ok(run::keep(id)),

@@ -13,7 +13,10 @@ use std::{
 
 use api::{
     Fault, Spec,
-    spec::{CONFIG_FILE_MAX, CpuConfig, CpuSource, CpuidRegister, KvmCapability, NamedTemplate},
+    spec::{
+        Bitmap, CONFIG_FILE_MAX, CpuConfig, CpuSource, CpuidModifier, CpuidRegister, KvmCapability,
+        MsrModifier, NamedTemplate, RegisterModifier,
+    },
 };
 use arch::template::{Bits, LeafChange, MsrChange, Named, Register, Template, TemplateError};
 
@@ -103,6 +106,47 @@ fn changes(config: &CpuConfig) -> Template {
     Template { leaves: leaves.collect(), msrs: msrs.collect(), capabilities: capabilities.collect() }
 }
 
+/// The template as it stands in a specification: what [`template`] reads back.
+pub fn config(template: &Template) -> CpuConfig {
+    let bits = |mask: u64, value: u64| (mask, value & mask);
+    let leaves = template.leaves.iter().map(|leaf| CpuidModifier {
+        leaf: leaf.leaf,
+        subleaf: leaf.subleaf,
+        flags: leaf.flags,
+        modifiers: leaf
+            .registers
+            .iter()
+            .map(|&(register, new)| {
+                let (mask, value) = bits(new.mask.into(), new.value.into());
+                RegisterModifier { register: name(register), bitmap: Bitmap { mask, value } }
+            })
+            .collect(),
+    });
+    let msrs = template.msrs.iter().map(|msr| {
+        let (mask, value) = bits(msr.bits.mask, msr.bits.value);
+        MsrModifier { addr: msr.index, bitmap: Bitmap { mask, value } }
+    });
+    let capabilities = template.capabilities.iter().map(|&(number, wanted)| match wanted {
+        true => KvmCapability::Add(number),
+        false => KvmCapability::Remove(number),
+    });
+    CpuConfig {
+        kvm_capabilities: capabilities.collect(),
+        cpuid_modifiers: leaves.collect(),
+        msr_modifiers: msrs.collect(),
+        ..CpuConfig::default()
+    }
+}
+
+fn name(register: Register) -> CpuidRegister {
+    match register {
+        Register::Eax => CpuidRegister::Eax,
+        Register::Ebx => CpuidRegister::Ebx,
+        Register::Ecx => CpuidRegister::Ecx,
+        Register::Edx => CpuidRegister::Edx,
+    }
+}
+
 fn register(register: CpuidRegister) -> Register {
     match register {
         CpuidRegister::Eax => Register::Eax,
@@ -151,6 +195,11 @@ mod tests {
         std::fs::write(file.path(), TEXT).unwrap();
         let there = spec(Some(CpuSource::File(file.path().to_owned())), None);
         assert_eq!(template(&there).unwrap(), expected());
+    }
+
+    #[test]
+    fn a_template_comes_back_from_its_specification() {
+        assert_eq!(changes(&config(&expected())), expected());
     }
 
     #[test]

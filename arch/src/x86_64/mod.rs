@@ -10,6 +10,7 @@ pub mod irqchip;
 pub mod layout;
 mod mptable;
 pub mod msr;
+pub mod needs;
 pub mod regs;
 pub mod state;
 pub mod template;

@@ -74,6 +74,11 @@ const MTRRS: [&[u32]; 3] = [
     &[IA32_MTRR_DEF_TYPE],
 ];
 
+/// Whether `index` is an MTRR, which every vCPU has whether KVM lists it or not.
+pub(super) fn is_mtrr(index: u32) -> bool {
+    MTRRS.iter().any(|group| group.contains(&index))
+}
+
 /// What the guest never sees, or what describes the host and not the guest's doing: Hyper-V's
 /// synthetic registers (0x40000000 up to KVM's own at 0x4b564d00) and the VMX capabilities.
 fn is_hidden(index: u32, nested: bool) -> bool {

@@ -43,6 +43,9 @@ const XSAVE_MIN: usize = 4096;
 const XSAVE_MAX: usize = 64 << 10;
 /// KVM lists about 150 MSRs.
 const MAX_MSRS: usize = 1024;
+/// By how many parts in a million the TSCs of two hosts may differ and count as equal: what
+/// oscillators of one kind differ by anyway, and what clock discipline corrects.
+pub(super) const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// Why a vCPU could not be saved or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -213,6 +216,12 @@ impl VcpuState {
         &self.cpuid
     }
 
+    /// The model-specific registers, in the order of loading.
+    #[must_use]
+    pub fn msrs(&self) -> &[kvm_msr_entry] {
+        &self.msrs
+    }
+
     /// What a debugger wants to see.
     #[must_use]
     pub fn registers(&self) -> Registers {
@@ -235,14 +244,12 @@ impl VcpuState {
     }
 
     fn load_tsc_khz(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
-        // What oscillators of one kind differ by anyway, and what clock discipline corrects.
-        const TOLERANCE_PPM: u64 = 250;
         let saved = self.tsc_khz;
         let Ok(host) = vcpu.get_tsc_khz() else {
             return Ok(());
         };
         let apart = u64::from(saved.abs_diff(host)) * 1_000_000;
-        if saved == 0 || apart <= TOLERANCE_PPM * u64::from(saved) {
+        if saved == 0 || apart <= TSC_TOLERANCE_PPM * u64::from(saved) {
             return Ok(());
         }
         vcpu.set_tsc_khz(saved).map_err(|_| StateError::TscFrequency { saved, host })

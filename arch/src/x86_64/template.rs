@@ -15,8 +15,10 @@
 //!
 //! **What can be changed** is what KVM offers or what normalising put there. A leaf that KVM
 //! offers and that normalising took away, because it is zero or not for guests, begins at zero.
-//! A leaf or register that is not there is an error: a fleet that is not as alike as it should
-//! be is found at the start of a machine, not by its guest.
+//! Setting a bit in a leaf or register that is not there is an error: a fleet that is not as
+//! alike as it should be is found at the start of a machine, not by its guest. Clearing bits of
+//! a leaf that is not there is none, because they read as zero already; so one template takes
+//! from the newer hosts of a fleet what the older do not know.
 //!
 //! Model-specific registers are read from each vCPU when it has its CPUID and its boot values,
 //! because KVM answers differently before, and some of them (the local APIC's base) differ
@@ -178,8 +180,12 @@ impl Template {
     /// [`TemplateError::NoLeaf`].
     pub fn change_cpuid(&self, cpuid: &mut Cpuid, offered: &CpuId) -> Result<(), TemplateError> {
         let is = |e: &kvm_cpuid_entry2, c: &LeafChange| e.function == c.leaf && e.index == c.subleaf;
+        // What is not there reads as zero, so that clearing it is done already.
+        let clears = |c: &LeafChange| c.registers.iter().all(|(_, bits)| bits.value == 0);
         let there = |c: &&LeafChange| {
-            cpuid.entry(c.leaf, c.subleaf).is_some() || offered.as_slice().iter().any(|e| is(e, c))
+            clears(c)
+                || cpuid.entry(c.leaf, c.subleaf).is_some()
+                || offered.as_slice().iter().any(|e| is(e, c))
         };
         if let Some(LeafChange { leaf, subleaf, .. }) = self.leaves.iter().find(|c| !there(c)) {
             return Err(TemplateError::NoLeaf { leaf: *leaf, subleaf: *subleaf });

@@ -157,7 +157,7 @@ impl Cpuid {
 
     /// [`Cpuid::normalise`] with the host's own CPUID as a function, which is asked only for
     /// AMD's cache leaves, that KVM does not list.
-    fn normalise_with(
+    pub(super) fn normalise_with(
         supported: &[kvm_cpuid_entry2],
         config: &CpuConfig,
         host: &dyn Fn(u32, u32) -> [u32; 4],
@@ -170,7 +170,7 @@ impl Cpuid {
         for leaf in [0, 1] {
             table.entry(leaf, 0).ok_or(CpuidError::NoLeaf(leaf))?;
         }
-        table.vendor = table.read_vendor();
+        table.vendor = Self::maker(supported);
         table.set_features(config);
         table.set_topology(host);
         table.set_hypervisor(config);
@@ -254,9 +254,10 @@ impl Cpuid {
         Ok(table)
     }
 
-    fn read_vendor(&self) -> Vendor {
+    /// Whose leaves a table follows.
+    pub(super) fn maker(table: &[kvm_cpuid_entry2]) -> Vendor {
         // "Auth" and "Hygo", the beginnings of the two names that follow AMD's manual.
-        match self.entry(0, 0).map(|e| e.ebx.to_le_bytes()) {
+        match table.iter().find(|e| e.function == 0).map(|e| e.ebx.to_le_bytes()) {
             Some([b'A', b'u', b't', b'h'] | [b'H', b'y', b'g', b'o']) => Vendor::Amd,
             _ => Vendor::Intel,
         }
