@@ -8,25 +8,34 @@
 //! | `block` | random reads by a polling guest | the same reads by a native io_uring program |
 //! | `net` | large packets through a tap | reads and writes on the tap itself |
 //! | `vsock` | streams and round trips to a unix socket | a socket pair |
+//! | `snapshot` | a machine stopped and written down | write(2) of the same bytes, any `--peer` |
+//! | `restore` | exec to loaded, exec to the guest's first line | any `--peer` |
+//! | `clones` | one of forty clones asleep, and its start | `runc`, any `--peer` |
 //!
 //! An absolute figure of one machine says little on another one, so every figure has its
 //! counterpart from the same minutes on the same machine, and what counts is the ratio.
 //!
 //! ```text
-//!   boot, api: this program -> lab counting instructions -> this program (--inside) -> monitors
-//!   others:    this program -> nacelle vmm -> bare-metal guest of tests/payload
+//!   boot, api, snapshot, restore, clones:
+//!           this program -> lab counting instructions -> this program (--inside) -> monitors
+//!   others: this program -> nacelle vmm -> bare-metal guest of tests/payload
 //! ```
 //!
-//! `boot` and `api` count instructions where the host has no hardware virtualization: times are of a
-//! machine that does 500 million instructions a second, and repeat within a percent.
+//! The first group counts instructions where the host has no hardware virtualization: times are of
+//! a machine that does 500 million instructions a second, and repeat within a percent.
 
 mod api;
 mod block;
 mod boot;
+mod clones;
 mod inside;
 mod machine;
 mod net;
+mod process;
 mod report;
+mod restore;
+mod saved;
+mod snapshot;
 mod spent;
 mod start;
 mod trace;
@@ -50,7 +59,7 @@ pub struct Arguments {
     /// How often everything is measured; the median counts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
-    /// Another monitor for `boot` and `api`, as NAME=PROGRAM; it must understand Firecracker's flags and
+    /// Another monitor for the benchmarks that take one, as NAME=PROGRAM; it must understand Firecracker's flags and
     /// configuration file. May be repeated
     #[arg(long, value_name = "NAME=PROGRAM")]
     peer: Vec<String>,
@@ -77,12 +86,24 @@ enum What {
     Net,
     /// Streams and round trips to a unix socket
     Vsock,
+    /// A machine stopped and written down
+    Snapshot,
+    /// A saved machine loaded
+    Restore,
+    /// Many clones of one snapshot
+    Clones,
 }
 
 /// Runs one benchmark; 0 when every target was met, 1 when one was missed.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     if let Some(plan) = &arguments.inside {
-        return if arguments.what == What::Api { api::inside(plan) } else { boot::inside(plan) };
+        return match arguments.what {
+            What::Api => api::inside(plan),
+            What::Snapshot => snapshot::inside(plan),
+            What::Restore => restore::inside(plan),
+            What::Clones => clones::inside(plan),
+            _ => boot::inside(plan),
+        };
     }
     let report = match arguments.what {
         What::Boot => boot::run(arguments)?,
@@ -91,6 +112,9 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         What::Block => block::run(arguments)?,
         What::Net => net::run(arguments)?,
         What::Vsock => vsock::run(arguments)?,
+        What::Snapshot => snapshot::run(arguments)?,
+        What::Restore => restore::run(arguments)?,
+        What::Clones => clones::run(arguments)?,
     };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&report)?);

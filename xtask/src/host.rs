@@ -56,6 +56,9 @@ pub const PYTHON_PACKAGES: [Package; 1] = [package("python3-venv", "/usr/share/d
 /// What `cargo xtask bench` needs beside the lab.
 pub const BENCH_PACKAGES: [Package; 2] = [package("iproute2", "ip"), package("strace", "strace")];
 
+/// What `cargo xtask bench clones` compares with.
+pub const CONTAINER_PACKAGES: [Package; 1] = [package("runc", "runc")];
+
 /// What `cargo xtask kernel` needs.
 pub const KERNEL_PACKAGES: [Package; 10] = [
     package("bc", "bc"),

@@ -65,7 +65,7 @@ enum Task {
         #[arg(short, long)]
         jobs: Option<u32>,
     },
-    /// Measure boot, the API, start, disks, network or vsock beside a peer or a floor of the same run
+    /// Measure boot, the API, start, disks, network, vsock or snapshots beside a peer or a floor of the same run
     Bench(bench::Arguments),
     /// Run a test program in the lab, for cargo's runner setting
     #[command(hide = true)]

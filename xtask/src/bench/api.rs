@@ -1,8 +1,7 @@
 //! `bench api`: what the API costs: until it is served, for a question on an open connection, and
 //! for the call that starts a machine, beside peers that speak the same API.
 //!
-//! What is measured is processor time of the monitor's threads, as the kernel's scheduler counts
-//! it, so the client's part is left out. The start is that of a machine of 1 vCPU and 256 MiB with
+//! What is measured is processor time of the monitor's process, as the kernel's scheduler counts it, so the client's part is left out. The start is that of a machine of 1 vCPU and 256 MiB with
 //! vsock and entropy devices and the small kernel; what its vCPU has already done when the answer
 //! is read counts with it, for all monitors alike.
 
@@ -20,6 +19,7 @@ use serde_json::{Value, json};
 use super::{
     Arguments,
     inside::{self, Copies, Copy, Monitor, PLACE, words},
+    process,
     report::{self, Figure, Program, Report, Target},
 };
 use crate::{host, kernel};
@@ -120,14 +120,14 @@ fn cost(monitor: &Monitor) -> Result<Cost> {
         thread::sleep(Duration::from_millis(1));
     }
     thread::sleep(REST);
-    let ready = processor_time(id)?;
+    let ready = process::cpu(id)?;
     let mut client = Client::unix(&socket);
     let _: Value = client.get("/")?;
-    let before = processor_time(id)?;
+    let before = process::cpu(id)?;
     for _ in 0..QUESTIONS {
         let _: Value = client.get("/")?;
     }
-    let question = (processor_time(id)? - before) / f64::from(QUESTIONS);
+    let question = (process::cpu(id)? - before) / f64::from(QUESTIONS);
     for (path, body) in [
         ("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 256 })),
         (
@@ -140,26 +140,10 @@ fn cost(monitor: &Monitor) -> Result<Cost> {
     ] {
         let _: Value = client.put(path, Some(&body))?;
     }
-    let before = processor_time(id)?;
+    let before = process::cpu(id)?;
     let _: Value = client.put("/actions", Some(&json!({ "action_type": "InstanceStart" })))?;
-    let start = processor_time(id)? - before;
+    let start = process::cpu(id)? - before;
     Ok(Cost { ready, question, start })
-}
-
-/// Microseconds that the threads of a process have run so far.
-fn processor_time(process: u32) -> Result<f64> {
-    let mut sum = 0.0;
-    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
-        // One that ends meanwhile is no longer counted.
-        let Ok(text) = fs::read_to_string(thread?.path().join("schedstat")) else { continue };
-        sum += nanoseconds(&text).context("The kernel does not tell how long a thread ran")?;
-    }
-    Ok(sum / 1e3)
-}
-
-/// The first number of a `schedstat`: nanoseconds on a processor.
-fn nanoseconds(schedstat: &str) -> Option<f64> {
-    schedstat.split_whitespace().next()?.parse().ok()
 }
 
 fn report(place: &str, plan: &Plan, found: &[Vec<Cost>]) -> Report {
@@ -199,13 +183,6 @@ fn report(place: &str, plan: &Plan, found: &[Vec<Cost>]) -> Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_scheduler_is_read() {
-        assert_eq!(nanoseconds("123 45 6\n"), Some(123.0));
-        assert_eq!(nanoseconds(""), None);
-        assert!(processor_time(std::process::id()).unwrap() > 0.0);
-    }
 
     #[test]
     fn without_a_peer_there_are_figures_and_no_targets() {
