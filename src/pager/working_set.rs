@@ -25,6 +25,7 @@
 //! ```
 
 use std::{
+    fs::File,
     io,
     os::fd::AsFd,
     sync::{Arc, Condvar, Mutex, PoisonError},
@@ -73,6 +74,48 @@ pub struct WorkingSet {
     pub written: Extents,
 }
 
+/// Where the set of a snapshot lies.
+#[derive(Debug)]
+pub struct Place {
+    directory: File,
+    id: Id,
+    size: u64,
+}
+
+impl Place {
+    /// Beside `snapshot`, wherever its directory is moved to.
+    pub fn of(snapshot: &Snapshot) -> io::Result<Place> {
+        let manifest = snapshot.manifest();
+        let directory = snapshot.directory().try_clone()?;
+        Ok(Place { directory, id: manifest.id, size: manifest.memory.size })
+    }
+
+    /// What lies there, if it is of that snapshot and whole.
+    pub fn read(&self) -> Option<WorkingSet> {
+        let cap = HEADER + 2 * RUNS_MAX * 16 + LEN;
+        let bytes = read_whole(&self.directory, FILE, cap as u64).ok()?;
+        WorkingSet::decode(&bytes, self.id, self.size)
+    }
+
+    /// Puts `set` there, all of it or nothing.
+    pub fn publish(&self, set: &WorkingSet) -> io::Result<()> {
+        if set.touched.runs().len() > RUNS_MAX || set.written.runs().len() > RUNS_MAX {
+            return Err(io::Error::other("The touched pages lie too scattered to be a help"));
+        }
+        let bytes = set.encode(self.id, self.size);
+        let (disk, at) = (HostDisk, &self.directory);
+        let temporary = format!(".{FILE}-{}", Id::random()?);
+        // It is not synchronised: what a crash leaves of it is not believed.
+        let written = disk
+            .create(at.as_fd(), &temporary)
+            .and_then(|file| disk.write_at(&file, &bytes, 0))
+            .and_then(|()| Ok(fs::renameat(at, temporary.as_str(), at, FILE)?));
+        written.inspect_err(|_| {
+            let _ = fs::unlinkat(at, temporary.as_str(), AtFlags::empty());
+        })
+    }
+}
+
 /// What prefetching did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Prefetched {
@@ -83,13 +126,6 @@ pub struct Prefetched {
 }
 
 impl WorkingSet {
-    /// What lies beside a snapshot, if it is of that snapshot and whole.
-    pub fn read(snapshot: &Snapshot) -> Option<WorkingSet> {
-        let cap = HEADER + 2 * RUNS_MAX * 16 + LEN;
-        let bytes = read_whole(snapshot.directory(), FILE, cap as u64).ok()?;
-        WorkingSet::decode(&bytes, snapshot.manifest().id, snapshot.manifest().memory.size)
-    }
-
     /// What was touched of private mappings of a snapshot's memory file since they were made.
     pub fn of_mappings(ranges: &[Range]) -> io::Result<WorkingSet> {
         let (mut touched, mut written) = (Vec::new(), Vec::new());
@@ -102,24 +138,6 @@ impl WorkingSet {
             })?;
         }
         Ok(WorkingSet { touched: sorted(touched), written: sorted(written) })
-    }
-
-    /// Writes it beside its snapshot, all of it or nothing.
-    pub fn publish(&self, snapshot: &Snapshot) -> io::Result<()> {
-        if self.touched.runs().len() > RUNS_MAX || self.written.runs().len() > RUNS_MAX {
-            return Err(io::Error::other("The touched pages lie too scattered to be a help"));
-        }
-        let bytes = self.encode(snapshot.manifest().id, snapshot.manifest().memory.size);
-        let (disk, at) = (HostDisk, snapshot.directory());
-        let temporary = format!(".{FILE}-{}", Id::random()?);
-        // It is not synchronised: what a crash leaves of it is not believed.
-        let written = disk
-            .create(at.as_fd(), &temporary)
-            .and_then(|file| disk.write_at(&file, &bytes, 0))
-            .and_then(|()| Ok(fs::renameat(at, temporary.as_str(), at, FILE)?));
-        written.inspect_err(|_| {
-            let _ = fs::unlinkat(at, temporary.as_str(), AtFlags::empty());
-        })
     }
 
     /// Brings the pages into private mappings of the memory file: written ones as copies, the
@@ -198,9 +216,9 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// After `wait`, or when told, calls `look` and publishes what it found beside `snapshot`.
+    /// After `wait`, or when told, calls `look` and publishes what it found at `place`.
     pub fn start(
-        snapshot: Arc<Snapshot>,
+        place: Place,
         wait: Duration,
         look: impl FnOnce() -> io::Result<WorkingSet> + Send + 'static,
     ) -> io::Result<Recorder> {
@@ -218,7 +236,7 @@ impl Recorder {
             }
             drop(now);
             let found = look()?;
-            found.publish(&snapshot)?;
+            place.publish(&found)?;
             Ok(found)
         };
         let thread = thread::Builder::new().name("working-set".to_owned()).spawn(record)?;

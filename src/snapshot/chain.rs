@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use super::{
     SnapshotError,
     digest::Id,
-    extents::Found,
+    extents::{Found, Run},
     limits::CHAIN_MAX,
     manifest::Parent,
     reader::{Search, Snapshot, follow_hint, inspect, list},
@@ -107,6 +107,32 @@ impl Chain {
             }
         }
         Some(Place { layer: None, offset, length: limit - offset })
+    }
+
+    /// All of memory as runs of one layer each, in order. What no layer has is the full
+    /// snapshot's, whose file has holes there; beyond the end of that it is in no run.
+    pub fn flatten(&self) -> Vec<(Run, usize)> {
+        let full = self.layers.len().saturating_sub(1);
+        let end = self.layers.last().map_or(0, |l| l.manifest().memory.size);
+        let mut runs: Vec<(Run, usize)> = Vec::new();
+        let mut at = 0;
+        while let Some(place) = self.place(at) {
+            let mut next = at + place.length;
+            let layer = place.layer.unwrap_or(full);
+            if place.layer.is_none() {
+                if at >= end {
+                    at = next;
+                    continue;
+                }
+                next = next.min(end);
+            }
+            match runs.last_mut() {
+                Some((run, of)) if *of == layer && run.end == at => run.end = next,
+                _ => runs.push((Run { start: at, end: next }, layer)),
+            }
+            at = next;
+        }
+        runs
     }
 
     /// Fills `buffer` with memory from `offset` on.

@@ -1,22 +1,26 @@
 //! Working sets of mapped memory files.
 
-use std::{os::fd::AsRawFd, path::Path, sync::Arc};
+use std::{os::fd::AsRawFd, path::Path};
 
 use super::{
-    super::working_set::{FILE, Recorder, WorkingSet},
+    super::working_set::{FILE, Place, Recorder, WorkingSet},
     *,
 };
 use crate::snapshot::{Destination, Manner, Region, Search, Snapshot, Subject, Writer};
 
 const PAGES: u64 = 4096;
 
-fn snapshot(path: &Path) -> Arc<Snapshot> {
+fn snapshot(path: &Path) -> Snapshot {
     let regions = vec![Region { guest_address: 0, size: PAGES * PAGE, offset: 0, page_size: PAGE }];
     let subject = Subject { regions, ..Subject::default() };
     let mut writer = Writer::begin(Destination::new(path), subject, Manner::default(), None).unwrap();
     (0..PAGES).for_each(|n| writer.run(n * PAGE, &page(n)).unwrap());
     writer.finish().unwrap();
-    Arc::new(Snapshot::open(path, &Search::default()).unwrap())
+    Snapshot::open(path, &Search::default()).unwrap()
+}
+
+fn place(snapshot: &Snapshot) -> Place {
+    Place::of(snapshot).unwrap()
 }
 
 fn map(snapshot: &Snapshot) -> Area {
@@ -46,17 +50,17 @@ fn faults() -> i64 {
 fn a_recorded_set_spares_the_next_machine_its_faults() {
     let dir = tempfile::tempdir().unwrap();
     let snapshot = snapshot(&dir.path().join("it"));
-    assert_eq!(WorkingSet::read(&snapshot), None);
+    assert_eq!(place(&snapshot).read(), None);
     let area = map(&snapshot);
     let range = area.range(0);
     let look = move || WorkingSet::of_mappings(&[range]);
-    let recorder = Recorder::start(Arc::clone(&snapshot), LONG, look).unwrap();
+    let recorder = Recorder::start(place(&snapshot), LONG, look).unwrap();
     let before = faults();
     work(area);
     let without = faults() - before;
     let recorded = recorder.finish().unwrap();
 
-    let set = WorkingSet::read(&snapshot).unwrap();
+    let set = place(&snapshot).read().unwrap();
     assert_eq!(set, recorded);
     assert_eq!(set.written.bytes(), 200 * PAGE);
     let area = map(&snapshot);
@@ -76,14 +80,14 @@ fn a_set_is_recorded_by_itself_and_a_damaged_one_is_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let snapshot = snapshot(&dir.path().join("it"));
     std::fs::write(dir.path().join("it").join(FILE), b"NACLWORK and no more").unwrap();
-    assert_eq!(WorkingSet::read(&snapshot), None);
+    assert_eq!(place(&snapshot).read(), None);
     let area = map(&snapshot);
     area.write(77, 1);
     let range = area.range(0);
     let look = move || WorkingSet::of_mappings(&[range]);
-    drop(Recorder::start(Arc::clone(&snapshot), Duration::from_millis(1), look).unwrap());
-    wait_for("the set", || WorkingSet::read(&snapshot).is_some());
-    let set = WorkingSet::read(&snapshot).unwrap();
+    drop(Recorder::start(place(&snapshot), Duration::from_millis(1), look).unwrap());
+    wait_for("the set", || place(&snapshot).read().is_some());
+    let set = place(&snapshot).read().unwrap();
     assert_eq!(set.written.runs(), [Run { start: 77 * PAGE, end: 78 * PAGE }]);
     crate::snapshot::fold::remove(snapshot.path(), false).unwrap();
     assert!(!dir.path().join("it").exists());
@@ -99,9 +103,9 @@ fn a_set_of_the_pager_is_brought_first() {
     work(area);
     let without = pager.served().faults;
     let touched = pager.take_touched();
-    WorkingSet { touched, ..WorkingSet::default() }.publish(&snapshot).unwrap();
+    place(&snapshot).publish(&WorkingSet { touched, ..WorkingSet::default() }).unwrap();
 
-    let first = WorkingSet::read(&snapshot).unwrap().touched;
+    let first = place(&snapshot).read().unwrap().touched;
     let area = Area::anonymous(PAGES);
     let (source, bytes) = (Box::new(Model::of(0..PAGES)), first.bytes());
     let prefetch = Prefetch { first, all: false };

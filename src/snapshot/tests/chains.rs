@@ -66,6 +66,17 @@ fn a_chain_of_fifty_reads_as_the_memory_that_was() {
     let top = chain(line.last.as_ref().unwrap());
     assert_eq!(top.layers().len(), 51);
     assert_eq!(memory(&top), line.all());
+    let mut flat = vec![1; line.all().len()];
+    for (run, layer) in top.flatten() {
+        let file = top.layers()[layer].memory_file().unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(
+            file,
+            &mut flat[run.start as usize..run.end as usize],
+            run.start,
+        )
+        .unwrap();
+    }
+    assert_eq!(flat, line.all());
     let mut at = 0;
     while let Some(place) = top.place(at) {
         assert!(place.offset == at && place.length > 0);
