@@ -1,6 +1,8 @@
 //! What is allowed when, and why not.
 //!
 //! ```text
+//!        ┌───────────────Load────────────────┐
+//!        │                                   ▼
 //!   NotStarted ──Start──► Running ◄──Resume── Paused
 //!        │                  │ └─────Pause──────►│
 //!        └──────Stop────────┴───────Stop────────┴────► Ended
@@ -42,6 +44,8 @@ pub enum Verb {
     Copy,
     /// Begin to run.
     Start,
+    /// Become a machine that was saved.
+    Load,
     /// Stand still.
     Pause,
     /// Go on.
@@ -64,8 +68,9 @@ impl Phase {
             (_, Verb::Stop) => Ok(Phase::Ended),
             (Phase::NotStarted, Verb::Prepare) => Ok(Phase::NotStarted),
             (Phase::NotStarted, Verb::Start) => Ok(Phase::Running),
+            (Phase::NotStarted, Verb::Load) => Ok(Phase::Paused),
             (Phase::NotStarted, _) => refused(TOO_EARLY),
-            (_, Verb::Start | Verb::Prepare) => refused(TOO_LATE),
+            (_, Verb::Start | Verb::Prepare | Verb::Load) => refused(TOO_LATE),
             (_, Verb::Change) => Ok(self),
             (Phase::Running, Verb::Copy) => refused("The machine runs; pause it first"),
             (Phase::Paused, Verb::Copy) => Ok(Phase::Paused),
@@ -106,6 +111,7 @@ mod tests {
     fn only_a_fresh_machine_starts_and_an_ended_one_does_nothing() {
         for phase in PHASES {
             assert_eq!(phase.after(Verb::Start).is_ok(), phase == Phase::NotStarted);
+            assert_eq!(phase.after(Verb::Load).is_ok(), phase == Phase::NotStarted);
             assert_eq!(phase.after(Verb::Stop).is_ok(), phase != Phase::Ended);
         }
         for verb in [Verb::Start, Verb::Pause, Verb::Resume, Verb::Press, Verb::Stop, Verb::Change] {

@@ -16,6 +16,7 @@ use crate::{
     metrics::{Milestone, Milestones, Startup},
     server::{Limits, Server},
     signals::{self, Signals},
+    snapshot::{self, Pair},
     vm::{Ending, kvm},
 };
 
@@ -63,8 +64,8 @@ pub const EXIT_CONFIGURATION: u8 = 152;
 /// Where the API is served when nothing else is said (Firecracker's).
 const API_SOCKET: &str = "/run/firecracker.socket";
 
-/// Version of the snapshot format: none that a file could have, until there are snapshots.
-const SNAPSHOT_VERSION: &str = "0.0.0";
+/// Version of the snapshots that are written, as Firecracker tells its own.
+const SNAPSHOT_VERSION: &str = "1.0.0";
 
 #[derive(Debug, Default)]
 struct Arguments {
@@ -107,8 +108,16 @@ pub fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if let Some(path) = &arguments.described {
-        eprintln!("nacelle vmm: {}", describe_snapshot(path));
-        return ExitCode::FAILURE;
+        return match describe_snapshot(path) {
+            Ok(version) => {
+                println!("{version}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                super::print_fault(&Fault::from_error(FaultKind::Invalid, &error));
+                ExitCode::FAILURE
+            }
+        };
     }
     match run(&arguments, &milestones) {
         Ok(ending) => leave(ending.exit_code()),
@@ -326,15 +335,13 @@ fn version() -> String {
     format!("Firecracker v{}\nnacelle {}", api::FIRECRACKER_VERSION, env!("CARGO_PKG_VERSION"))
 }
 
-/// Why there is no version to tell of a file: nothing that could be read is a snapshot yet.
-fn describe_snapshot(path: &std::path::Path) -> String {
-    match std::fs::metadata(path) {
-        Ok(found) if found.is_dir() => format!("{} is a directory, not a snapshot", path.display()),
-        Ok(_) => {
-            format!("{} is not a nacelle snapshot: this version makes none yet", path.display())
-        }
-        Err(error) => format!("{} cannot be read: {error}", path.display()),
+/// The version of the format of a snapshot, be it a directory or the state of a pair of files.
+fn describe_snapshot(path: &std::path::Path) -> Result<String, snapshot::SnapshotError> {
+    if path.is_dir() {
+        let format = snapshot::inspect(path)?.format;
+        return Ok(format!("v{format}.0.0"));
     }
+    Pair::open(path).map(|_| format!("v{SNAPSHOT_VERSION}"))
 }
 
 fn number<T: std::str::FromStr>(flag: &str, word: &str) -> Result<T, String> {
@@ -372,10 +379,10 @@ mod tests {
 
     #[test]
     fn the_snapshot_format_has_a_version_and_no_file_is_one() {
-        assert_eq!(read("--snapshot-version").unwrap().show.as_deref(), Some("v0.0.0"));
+        assert_eq!(read("--snapshot-version").unwrap().show.as_deref(), Some("v1.0.0"));
         let file = read("--describe-snapshot Cargo.toml").unwrap().described.unwrap();
-        assert!(describe_snapshot(&file).contains("not a nacelle snapshot"));
-        assert!(describe_snapshot(std::path::Path::new("/nowhere")).contains("cannot be read"));
+        assert!(describe_snapshot(&file).unwrap_err().to_string().contains("damaged"));
+        assert!(describe_snapshot(std::path::Path::new("/nowhere")).is_err());
     }
 
     #[test]

@@ -58,9 +58,6 @@ pub fn change(spec: &Spec, request: Request) -> Result<(Spec, Reply), Fault> {
         Request::PutBalloon(balloon) => spec.balloon = Some(balloon),
         Request::PutMemoryHotplug(memory) => spec.memory_hotplug = Some(memory),
         Request::PutMmdsConfig(config) => spec.mmds_config = Some(config),
-        Request::LoadSnapshot(_) => {
-            return Err(Fault::new(FaultKind::Unsupported, "This version cannot load snapshots yet"));
-        }
         _ => return Err(Fault::new(FaultKind::Conflict, crate::phase::TOO_EARLY)),
     }
     spec.check_parts()?;

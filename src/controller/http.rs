@@ -88,12 +88,14 @@ impl Controller {
                 Err(fault) => Answer::Now(rendered(&Err(fault))),
             },
             (http::Method::Put, "/vm/shutdown") => self.shut_down(request, ticket),
+            (http::Method::Put, "/snapshot/create") => self.create_for(request, ticket),
+            (http::Method::Delete, path) if path.starts_with("/snapshot/") => Answer::Now(self.ask(request)),
             (http::Method::Delete, _) => self.delete(request, ticket),
             _ => Answer::Now(self.ask(request)),
         }
     }
 
-    fn ask(&mut self, request: &http::Request) -> Response {
+    pub(super) fn ask(&mut self, request: &http::Request) -> Response {
         log::debug!("{} {}", request.method, request.path);
         let parsed = routes::parse(request.method.name(), &request.path, &request.body);
         let (outcome, deprecation) = match parsed {

@@ -99,9 +99,6 @@ impl Live {
             Request::Pause | Request::Resume => {}
             Request::PowerButton => self.vm.press_power_button().map_err(|e| fault(&e))?,
             Request::CtrlAltDel => self.vm.press_ctrl_alt_del().map_err(|e| fault(&e))?,
-            Request::CreateSnapshot(_) => {
-                return Err(Fault::new(FaultKind::Unsupported, "This version cannot take snapshots yet"));
-            }
             _ => return Err(Fault::new(FaultKind::Conflict, crate::phase::TOO_LATE)),
         }
         Ok(Reply::Done)

@@ -48,7 +48,7 @@ impl Controller {
     /// A request has brought the machine from `before` to its present phase in this time.
     pub(super) fn measure_change(&mut self, before: Phase, took: Duration) {
         match (before, self.phase) {
-            (Phase::NotStarted, Phase::Running) => {
+            (Phase::NotStarted, Phase::Running | Phase::Paused) => {
                 let reading = self.reading();
                 self.metrics.begin(&reading);
             }

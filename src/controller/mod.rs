@@ -6,8 +6,8 @@
 //!
 //! ```text
 //!   API socket: server ──► http.rs ─┐
-//!   Handle::call ──┐                ├─► phase.rs: allowed? ─► draft.rs (before the start)
-//!   vCPU: ended ───┼► queue + bell ─┘                       └► live.rs, plug.rs (after it)
+//!   Handle::call ──┐                ├─► phase.rs: allowed? ─► draft.rs, load.rs (before the start)
+//!   vCPU: ended ───┼► queue + bell ─┘                       └► live.rs, plug.rs, snapshot.rs
 //!   power button ──┘        ▲
 //!   SIGTERM ─── signalfd ───┘                    events.rs: what happened, for readers
 //! ```
@@ -22,9 +22,11 @@ mod draft;
 mod events;
 mod http;
 mod live;
+mod load;
 mod metadata;
 mod metrics;
 mod plug;
+mod snapshot;
 mod sockets;
 
 use std::{
@@ -50,9 +52,11 @@ use crate::{
     signals::Signals,
     vcpu::Report,
     vm::{
-        Ending, Vm, build,
+        Ending, Vm,
+        build::{self, Origin},
         faults::{Faults, Incident},
         handed::{Gift, Handed},
+        saved::Platform,
     },
 };
 use events::Events;
@@ -75,6 +79,8 @@ enum Event {
     Ejected(u8),
     /// A vCPU met what a debugger has set.
     Debugged,
+    /// A snapshot was written, or was not.
+    SnapshotEnded(Box<snapshot::Outcome>),
 }
 
 /// Where events for a controller are put. Cheap to clone, usable from any thread.
@@ -183,6 +189,10 @@ pub struct Controller {
     waiting: Vec<crate::server::Ticket>,
     /// Devices that the guest was asked for.
     removals: plug::Removals,
+    /// Snapshots that are being written.
+    jobs: snapshot::Jobs,
+    /// What the next diff is a diff of.
+    lineage: Option<snapshot::Lineage>,
     /// When a machine that was asked to shut down is ended.
     deadline: Option<Instant>,
     /// When a machine that was started has settled.
@@ -217,6 +227,8 @@ impl Controller {
             serving: false,
             waiting: Vec::new(),
             removals: plug::Removals::default(),
+            jobs: snapshot::Jobs::default(),
+            lineage: None,
             deadline: None,
             settled: None,
             mailbox: Mailbox::new()?,
@@ -257,6 +269,7 @@ impl Controller {
                         self.announce(kind, details);
                     }
                     Event::Ejected(slot) => self.slot_emptied(slot),
+                    Event::SnapshotEnded(outcome) => self.snapshot_ended(*outcome),
                     Event::Debugged => self.live.iter_mut().for_each(Live::debugged),
                     Event::Call(request, reply) => {
                         let _ = reply.send(self.obey(*request));
@@ -310,6 +323,7 @@ impl Controller {
         let end = serde_json::json!({ "reason": ending.reason(), "exit_code": ending.exit_code() });
         self.announce("Ended", end.clone());
         self.abandon_removals();
+        self.abandon_snapshot();
         if let Some(server) = &mut self.server {
             let response = api::http::Response::value(&end);
             for ticket in self.waiting.drain(..) {
@@ -349,6 +363,12 @@ impl Controller {
     fn obey(&mut self, request: Request) -> Result<Reply, Fault> {
         let arrived = std::mem::take(&mut self.arrived);
         let next = self.phase.after(verb(&request))?;
+        if request == Request::Resume {
+            self.jobs.let_run()?;
+        }
+        if let Request::LoadSnapshot(load) = &request {
+            return self.become_snapshot(load, arrived).map(|()| Reply::Done);
+        }
         let gift = Gift::of(&request, arrived)?;
         let before = self.phase;
         let asked = Instant::now();
@@ -366,6 +386,10 @@ impl Controller {
             Request::PatchMmds(data) => self.patch_metadata(data).map(|()| Reply::Done),
             Request::Start => self.launch().map(|()| Reply::Done),
             Request::Stop => Ok(Reply::Done),
+            Request::CreateSnapshot(create) => self.create_snapshot(create, before),
+            Request::SnapshotJobs | Request::SnapshotJob(_) | Request::CancelSnapshot(_) => {
+                self.about_jobs(&request)
+            }
             other if self.live.is_some() && plug::concerns(&other) => self.change_devices(&other, gift),
             other => match &mut self.live {
                 Some(live) => live.change(&mut self.spec, other, before),
@@ -406,6 +430,34 @@ impl Controller {
 
     fn launch(&mut self) -> Result<(), Fault> {
         self.spec.check()?;
+        let config = &self.spec.machine_config;
+        let wait = config.gdb_wait;
+        let platform = Platform { keyboard: self.settings.keyboard, boot_timer: self.settings.boot_timer };
+        self.build(platform, Origin::Boot)?;
+        let Some(live) = &self.live else { return Ok(()) };
+        if live.debugger.is_some() && wait {
+            live.vm.wait_for_debugger();
+        }
+        live.vm.run().map_err(|e| {
+            let fault = Fault::from_error(e.kind(), &e);
+            self.live = None;
+            fault
+        })
+    }
+
+    /// Becomes the machine of a snapshot, and lets it run if that is asked for.
+    fn become_snapshot(&mut self, load: &spec::LoadSnapshot, arrived: Vec<OwnedFd>) -> Result<(), Fault> {
+        let before = self.phase;
+        let asked = Instant::now();
+        self.load_snapshot(load, arrived)?;
+        self.phase = Phase::Paused;
+        self.measure_change(before, asked.elapsed());
+        self.announce(self.phase.name(), serde_json::Value::Null);
+        if load.resume_vm { self.obey(Request::Resume).map(|_| ()) } else { Ok(()) }
+    }
+
+    /// Builds the machine of the specification. Nothing runs yet.
+    fn build(&mut self, platform: Platform, origin: Origin) -> Result<(), Fault> {
         let mmds = self.configured_service()?;
         let config = &self.spec.machine_config;
         let debugger = config.gdb_socket_path.as_deref().map(Debugger::bind).transpose();
@@ -419,17 +471,13 @@ impl Controller {
             faults: Faults::new(Box::new(move |incident, untold| witness.happened(incident, untold))),
             ejected: Arc::new(move |slot| ejected.ejected(slot)),
             reporter: Arc::new(move |told| report.report(told)),
-            keyboard: self.settings.keyboard,
-            boot_timer: self.settings.boot_timer,
+            platform,
             mmds,
             handed: &self.handed,
+            origin,
         };
-        let vm = build::build(&plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
+        let vm = build::build(plan).map_err(|e| Fault::from_error(e.kind(), &e))?;
         self.milestones.reached(Milestone::Built);
-        if debugger.is_some() && config.gdb_wait {
-            vm.wait_for_debugger();
-        }
-        vm.run().map_err(|e| Fault::from_error(e.kind(), &e))?;
         self.live = Some(Live { vm, sockets: Sockets::of(&self.spec), debugger });
         self.handed.clear();
         self.settled = Instant::now().checked_add(SETTLED);
@@ -469,8 +517,8 @@ fn verb(request: &Request) -> Verb {
         | Request::PutBalloon(_)
         | Request::PutMemoryHotplug(_)
         | Request::PutMmdsConfig(_)
-        | Request::PutMetrics(_)
-        | Request::LoadSnapshot(_) => Verb::Prepare,
+        | Request::PutMetrics(_) => Verb::Prepare,
+        Request::LoadSnapshot(_) => Verb::Load,
         // Before the start they describe the machine, after it they change it.
         Request::PatchMachineConfig(_)
         | Request::PutDrive(_)
@@ -495,6 +543,7 @@ fn verb(request: &Request) -> Verb {
         | Request::StopHinting
         | Request::PatchMemoryHotplug(_)
         | Request::Nmi => Verb::Change,
+        Request::CreateSnapshot(create) if create.live => Verb::Change,
         Request::CreateSnapshot(_) | Request::CoreDump(_) => Verb::Copy,
         Request::Start => Verb::Start,
         Request::Pause => Verb::Pause,

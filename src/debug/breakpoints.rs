@@ -203,7 +203,7 @@ mod tests {
 
     fn memory() -> Memory {
         let config = MachineConfig { mem_size_mib: 1, ..MachineConfig::default() };
-        let memory = crate::vm::memory::map(&config).unwrap();
+        let memory = crate::vm::memory::map(&config, crate::vm::memory::Backing::Empty).unwrap();
         memory.write_slice(&[1, 2, 3, 4, 5, 6, 7, 8], GuestAddress(0x1000)).unwrap();
         memory
     }

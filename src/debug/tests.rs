@@ -27,7 +27,8 @@ const CODE: u64 = 0x1000;
 const LOOP: [u8; 3] = [0x40, 0xeb, 0xfd];
 
 fn ram() -> Memory {
-    memory::map(&MachineConfig { mem_size_mib: 16, ..MachineConfig::default() }).unwrap()
+    memory::map(&MachineConfig { mem_size_mib: 16, ..MachineConfig::default() }, memory::Backing::Empty)
+        .unwrap()
 }
 
 fn shape() -> Option<(VmFd, Arc<StateShape>)> {

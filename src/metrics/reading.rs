@@ -44,7 +44,7 @@ impl Reading {
             self.devices.push(Device { kind, name: name.clone(), counters });
         }
         self.add("serial", vm.consoles.counters());
-        self.add("i8042", vm.keyboard.as_ref().map_or_else(Vec::new, |keyboard| keyboard.counters()));
+        self.add("i8042", if vm.platform.keyboard { vm.i8042.counters() } else { Vec::new() });
         self.add("pvpanic", vm.pvpanic.as_ref().map_or_else(Vec::new, |port| port.counters()));
     }
 

@@ -59,6 +59,11 @@ pub trait Disk: Send + Sync {
         }
     }
 
+    /// Renames a file; what has the new name is replaced.
+    fn rename(&self, at: BorrowedFd<'_>, from: &str, to: &str) -> io::Result<()> {
+        Ok(fs::renameat(at, from, at, to)?)
+    }
+
     /// Exchanges two names in one step.
     fn exchange(&self, at: BorrowedFd<'_>, one: &str, other: &str) -> io::Result<()> {
         Ok(fs::renameat_with(at, one, at, other, RenameFlags::EXCHANGE)?)

@@ -107,7 +107,7 @@ impl Extents {
 }
 
 /// Runs that are still being gathered, in any order.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Gathering(BTreeMap<u64, u64>);
 
 impl Gathering {

@@ -7,6 +7,8 @@
 //!   DIR/memory.index    which pages are present, a hash for each chunk      store, see below)
 //!   DIR/drive-N         drives that were taken along
 //!
+//!   STATE and MEMORY    the same state, and memory, as two files of any names (pair.rs)
+//!
 //!   Writer ─► Draft ─► DIR          one rename, after all of it is on the disk
 //!   Snapshot ◄─ DIR                 opened once, checked, verified, read, mapped
 //!   Chain ◄─ DIR ─► parent ─► ..    diffs over a full one, read as one memory
@@ -31,6 +33,7 @@ pub mod fold;
 pub mod index;
 pub mod limits;
 pub mod manifest;
+pub mod pair;
 pub mod reader;
 pub mod state;
 pub mod store;
@@ -43,6 +46,7 @@ pub use digest::{Digest, Id};
 pub use draft::Destination;
 pub use error::SnapshotError;
 pub use manifest::{Capture, Manifest, Parent, Region};
+pub use pair::{Pair, PairWriter};
 pub use reader::{Search, Snapshot, inspect, list};
 pub use store::Store;
 pub use writer::{Manner, Subject, Watch, Writer, Written};

@@ -115,7 +115,7 @@ impl Store {
         for (chunk, digest) in index.hashed_chunks() {
             let bytes = doing(pack(index, chunk, memory), cannot)?;
             if self.get(digest, bytes.len()).is_err() {
-                doing(self.add(&*manner.disk, digest, &bytes), cannot)?;
+                doing(self.add(manner, digest, &bytes), cannot)?;
                 touched.insert(shelf(digest));
             }
             done += bytes.len() as u64;
@@ -227,19 +227,19 @@ impl Store {
         disk.sync(&refs)
     }
 
-    fn add(&self, disk: &dyn Disk, digest: Digest, bytes: &[u8]) -> io::Result<()> {
+    fn add(&self, manner: &Manner<'_>, digest: Digest, bytes: &[u8]) -> io::Result<()> {
         let mut object = vec![0; 1 + lz4_flex::block::get_maximum_output_size(bytes.len())];
         let packed = object.split_first_mut().map(|(how, space)| {
             *how = LZ4;
             lz4_flex::block::compress_into(bytes, space)
         });
         match packed {
-            Some(Ok(count)) if count < bytes.len() => object.truncate(1 + count),
+            Some(Ok(count)) if manner.compress && count < bytes.len() => object.truncate(1 + count),
             _ => object = [&[PLAIN], bytes].concat(),
         }
         let shelf = shelf(digest);
         make_if_missing(self.directory.as_fd(), Path::new(&shelf))?;
-        put_file(disk, &self.open_shelf(&shelf)?, &book(digest), &object)
+        put_file(&*manner.disk, &self.open_shelf(&shelf)?, &book(digest), &object)
     }
 
     fn open_shelf(&self, name: &str) -> io::Result<File> {

@@ -83,6 +83,8 @@ pub struct Manner<'a> {
     pub hash: bool,
     /// Bytes of a chunk; a power of two.
     pub chunk_size: u64,
+    /// A store keeps pages as LZ4 blocks where that is shorter.
+    pub compress: bool,
     /// Pages go to this store, and the hint stands in the manifest.
     pub store: Option<(&'a Store, String)>,
     /// How many bytes will come, for the watcher; 0 if unknown.
@@ -96,7 +98,7 @@ pub struct Manner<'a> {
 impl Default for Manner<'_> {
     fn default() -> Self {
         let disk = Arc::new(HostDisk);
-        Manner { hash: true, chunk_size: CHUNK, store: None, expected: 0, watch: &(), disk }
+        Manner { hash: true, chunk_size: CHUNK, compress: true, store: None, expected: 0, watch: &(), disk }
     }
 }
 
@@ -256,7 +258,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Mentions a drive that was not taken along.
-    pub(crate) fn share(&mut self, drive: Drive) {
+    pub fn share(&mut self, drive: Drive) {
         self.drives.push(drive);
     }
 

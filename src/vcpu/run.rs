@@ -3,7 +3,7 @@
 use std::sync::{Arc, atomic::Ordering::Relaxed, mpsc};
 
 use api::{Fault, FaultKind};
-use arch::state::VcpuState;
+use arch::state::{VcpuState, announce_pause};
 use devices::bus::Bus;
 use kvm_bindings::{
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_debug_exit_arch,
@@ -48,6 +48,8 @@ pub struct Vcpu {
     exits: Arc<Exits>,
     /// The guest ended on this vCPU: it is not entered again.
     over: bool,
+    /// The guest has run, or ran before it was saved, and stood still since.
+    stood_still: bool,
     /// What a debugger had set and the vCPU met: it is not entered before the next `Run`.
     stop: Option<kvm_debug_exit_arch>,
 }
@@ -55,7 +57,7 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU that has its first state.
     pub fn new(fd: VcpuFd, buses: Buses, reporter: Reporter, exits: Arc<Exits>) -> Vcpu {
-        Vcpu { fd, buses, reporter, exits, over: false, stop: None }
+        Vcpu { fd, buses, reporter, exits, over: false, stood_still: false, stop: None }
     }
 
     /// The descriptor of a vCPU whose thread never was.
@@ -83,11 +85,18 @@ impl Vcpu {
                         self.give_up(&error);
                         continue;
                     }
+                    if std::mem::take(&mut self.stood_still)
+                        && let Err(error) = announce_pause(&self.fd)
+                    {
+                        // The guest may take the pause for a hang of its own and say so.
+                        log::warn!("{error}");
+                    }
                     self.buses.milestones.reached(Milestone::FirstRun);
                     continue;
                 }
                 Some(Order::Pause) => {
                     self.settle();
+                    self.stood_still = true;
                     running = false;
                     Answer::Paused(self.stop)
                 }

@@ -17,23 +17,50 @@ use api::spec::{self, HugePages, Spec};
 use arch::layout;
 use devices::{
     Memory,
+    state::{Section, StateError},
     virtio::{
         VirtioDevice,
-        mem::{self, Mem, MemConfig, Region, Slot, Slots},
+        mem::{self, Mem, MemConfig, Plugged, Region, Slot, Slots},
         pmem::{self, Backing, Pmem, PmemConfig},
     },
 };
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
 
 use super::{
     attach::Places,
     build::{BuildError, limiter, named},
     host::KvmHost,
     memory::MemoryError,
+    saved::SavedError,
 };
 
 const MIB: u64 = 1 << 20;
+
+const KIND: &str = "annex";
+
+/// The addresses of files, as they are saved.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    starts: Vec<(String, u64)>,
+    end: u64,
+}
+
+impl Saved {
+    /// Where the file of `id` was. Not among the RAM, whatever is claimed; that no two files lie on
+    /// each other KVM sees to.
+    fn start_of(&self, id: &str, ram_end: u64) -> Result<u64, SavedError> {
+        let found = self.starts.iter().find(|(known, _)| known == id);
+        let (_, start) = found
+            .ok_or_else(|| SavedError::Missing { kind: "virtio-pmem".to_owned(), name: id.to_owned() })?;
+        if *start >= ram_end && start.is_multiple_of(pmem::ALIGNMENT) {
+            return Ok(*start);
+        }
+        let reason = format!("pmem {id:?} is at {start:#x}, memory ends at {ram_end:#x}");
+        Err(StateError::Impossible { kind: KIND, reason }.into())
+    }
+}
 
 /// A file in the guest's memory.
 struct Mapped {
@@ -84,6 +111,7 @@ fn open(pmem: &spec::Pmem) -> Result<Arc<Backing>, BuildError> {
 pub struct Annex {
     files: Vec<Mapped>,
     pluggable: Option<(MemConfig, Arc<Region>)>,
+    plugged: Option<Plugged>,
     /// The first address behind all that the machine starts with.
     end: u64,
     /// Width of the guest's physical addresses; known when its processors are.
@@ -95,8 +123,11 @@ pub struct Annex {
 }
 
 impl Annex {
-    /// Opens the files and takes addresses. Nothing is given to KVM yet.
-    pub fn open(spec: &Spec) -> Result<Annex, BuildError> {
+    /// Opens the files and takes addresses, those of a machine that was `saved` again. Nothing is
+    /// given to KVM yet.
+    pub fn open(spec: &Spec, saved: Option<&Section>) -> Result<Annex, BuildError> {
+        let saved = saved.map(|section| section.open::<Saved>(KIND, 1)).transpose();
+        let saved = saved.map_err(SavedError::from)?;
         let full = || BuildError::Memory(MemoryError::Regions);
         let mut next = layout::ram_end(spec.machine_config.mem_size_mib * MIB).ok_or_else(full)?;
         let mut pluggable = None;
@@ -118,13 +149,29 @@ impl Annex {
             next = start.checked_add(total).ok_or_else(full)?;
         }
         let mut files = Vec::new();
+        let ram_end = next;
         for pmem in &spec.pmem {
             let backing = open(pmem)?;
-            let start = next.next_multiple_of(pmem::ALIGNMENT);
-            next = start.checked_add(backing.len()).ok_or_else(full)?;
+            let start = match &saved {
+                None => next.next_multiple_of(pmem::ALIGNMENT),
+                Some(saved) => saved.start_of(&pmem.id, ram_end)?,
+            };
+            let end = start.checked_add(backing.len()).ok_or_else(full)?;
+            next = next.max(end);
             files.push(Mapped { id: pmem.id.clone(), backing, start, slot: 0 });
         }
-        Ok(Annex { files, pluggable, end: next, physical_bits: 0, pluggable_slot: 0, end_slot: 0 })
+        if let Some(saved) = &saved {
+            next = next.max(saved.end);
+        }
+        Ok(Annex {
+            files,
+            pluggable,
+            plugged: None,
+            end: next,
+            physical_bits: 0,
+            pluggable_slot: 0,
+            end_slot: 0,
+        })
     }
 
     /// `memory` with the pluggable region at its end.
@@ -150,7 +197,12 @@ impl Annex {
     }
 
     /// Puts the devices into `places`.
-    pub fn attach(&self, spec: &Spec, host: &Arc<KvmHost>, places: &mut Places) -> Result<(), BuildError> {
+    pub fn attach(
+        &mut self,
+        spec: &Spec,
+        host: &Arc<KvmHost>,
+        places: &mut Places,
+    ) -> Result<(), BuildError> {
         for (pmem, file) in spec.pmem.iter().zip(&self.files) {
             places.attach(&pmem.id, file.device(pmem)?)?;
         }
@@ -159,6 +211,7 @@ impl Annex {
             let slots = Arc::new(KvmSlots { host: Arc::clone(host), first: self.pluggable_slot, flags });
             let device = Mem::new(*config, Arc::clone(region), slots);
             let device = device.map_err(named("Pluggable memory".to_owned()))?;
+            self.plugged = Some(device.plugged());
             places.attach("memory", Box::new(device))?;
         }
         Ok(())
@@ -166,6 +219,17 @@ impl Annex {
 }
 
 impl Annex {
+    /// Which pluggable memory is plugged, if any can be.
+    pub fn plugged(&self) -> Option<&Plugged> {
+        self.plugged.as_ref()
+    }
+
+    /// Where the files are.
+    pub fn save(&self) -> Section {
+        let starts = self.files.iter().map(|file| (file.id.clone(), file.start)).collect();
+        Section::new(KIND, 1, &Saved { starts, end: self.end })
+    }
+
     /// Maps one more file, and gives it to KVM, for a machine that was built. The caller finds
     /// the device a place, or takes the file back by [`Annex::remove`].
     pub fn add(&mut self, vm: &VmFd, pmem: &spec::Pmem) -> Result<Box<dyn VirtioDevice>, BuildError> {

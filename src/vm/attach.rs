@@ -89,7 +89,12 @@ pub struct Places {
     pci: Option<Arc<Hotplug>>,
     devices: Vec<(String, Arc<dyn Transport>)>,
     faults: Arc<Faults>,
+    /// Where devices of a saved machine were.
+    was: Option<Was>,
 }
+
+/// The slot of a device by its kind and name; nothing when it is not known.
+pub type Was = Box<dyn Fn(&str, &str) -> Option<u8> + Send>;
 
 impl Places {
     /// All places free. With `pci`, devices go there instead of to memory-mapped pages. Trouble of
@@ -111,7 +116,14 @@ impl Places {
             pci,
             devices: Vec::new(),
             faults,
+            was: None,
         }
+    }
+
+    /// Has devices put into the slots they were in, with nothing of what a firmware would set up:
+    /// the guest's settings are about to be restored.
+    pub fn as_they_were(&mut self, was: Was) {
+        self.was = Some(was);
     }
 
     /// Takes the next free interrupt line.
@@ -162,9 +174,17 @@ impl Places {
         device: Box<dyn VirtioDevice>,
         pci: &Hotplug,
     ) -> Result<Arc<dyn Transport>, AttachError> {
-        let slot = free_slot(name, pci)?;
-        let bar = layout::PCI_WINDOW_32.start + BAR_LENGTH * u64::from(slot);
-        let transport = self.function(name, device, slot, Some(bar))?;
+        let (slot, bar) = match &self.was {
+            None => {
+                let slot = free_slot(name, pci)?;
+                (slot, Some(layout::PCI_WINDOW_32.start + BAR_LENGTH * u64::from(slot)))
+            }
+            Some(was) => match was(device.about().kind, name) {
+                Some(slot) => (slot, None),
+                None => (free_slot(name, pci)?, None),
+            },
+        };
+        let transport = self.function(name, device, slot, bar)?;
         pci.root()
             .add(slot, transport.clone())
             .map_err(|source| AttachError::Slot { name: name.to_owned(), source })?;
@@ -215,6 +235,11 @@ impl Places {
     /// What the guest's tables say about memory-mapped devices.
     pub fn pages(&self) -> &[acpi::VirtioMmio] {
         &self.pages
+    }
+
+    /// The devices so far, by name, in the order the guest finds them.
+    pub fn devices(&self) -> &[(String, Arc<dyn Transport>)] {
+        &self.devices
     }
 
     /// Hands over the devices, by name, in the order the guest finds them.

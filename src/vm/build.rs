@@ -3,17 +3,25 @@
 //! Boot, restore, clone and migration all come through here and differ in what is loaded
 //! afterwards. The order is the one the parent module argues for.
 
-use std::{os::fd::BorrowedFd, path::PathBuf, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    os::{fd::BorrowedFd, unix::fs::FileExt},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use api::{FaultKind, Spec, spec};
 use arch::{
-    acpi, boot, cpuid, irqchip,
+    acpi, boot, cpuid,
+    irqchip::{self, ClockPolicy},
     kernel::{BootError, BootFile, CommandLine, What},
     layout, regs,
     state::StateShape,
     template::Template,
 };
 use devices::{
+    Memory,
     bus::{Bus, BusError},
     host::Host,
     legacy::{
@@ -28,7 +36,7 @@ use devices::{
         hotplug::{self, Hotplug},
         root::{self, Root},
     },
-    virtio::{VirtioDevice, balloon, block, net, rng, vsock},
+    virtio::{DeviceError, VirtioDevice, balloon, block, net, rng, vsock},
 };
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -38,6 +46,7 @@ use super::{
     annex::Annex,
     attach::{AttachError, Places},
     boot_timer::{self, BootTimer},
+    capture::{self, Beneath},
     console::{ConsoleError, Consoles},
     cpu,
     faults::Faults,
@@ -47,10 +56,13 @@ use super::{
     kvm::{self, KvmError},
     loading::{self, Files, Loading},
     memory::{self, MemoryError},
+    pages,
     processors::Room,
+    saved::{Platform, Saved, SavedError},
 };
 use crate::{
     metrics::Milestones,
+    snapshot::extents::Gathering,
     vcpu::{Buses, Report, Reporter, VcpuError, Vcpus},
 };
 
@@ -66,15 +78,44 @@ pub struct Plan<'a> {
     pub ejected: hotplug::Ejected,
     /// Told, from any thread, when the guest ends or meets what a debugger has set.
     pub reporter: Reporter,
-    /// Show a keyboard controller, so that Ctrl+Alt+Del can be pressed. A guest spends some
-    /// thirty exits on finding it, so it is there only where somebody can press.
-    pub keyboard: bool,
-    /// Put the boot timer's register in its place.
-    pub boot_timer: bool,
+    /// What is shown beside what the specification names. A guest spends some thirty exits on
+    /// finding a keyboard controller, so it is there only where somebody can press its keys.
+    pub platform: Platform,
     /// The metadata service, for the interfaces that its configuration names.
     pub mmds: Option<Arc<Mmds>>,
     /// Descriptors that came for devices.
     pub handed: &'a Handed,
+    /// What the machine is at first.
+    pub origin: Origin,
+}
+
+/// What a machine is at first.
+pub enum Origin {
+    /// A kernel, about to start.
+    Boot,
+    /// A machine that was saved, paused as it was then.
+    Saved(Box<Restored>),
+}
+
+/// A saved machine on its way back.
+pub struct Restored {
+    /// Its state.
+    pub saved: Saved,
+    /// RAM.
+    pub memory: Source,
+    /// What its clock does with the time that has passed.
+    pub clock: ClockPolicy,
+}
+
+/// Fills a buffer from an offset in the memory file on.
+pub type ReadPages = Box<dyn FnMut(u64, &mut [u8]) -> io::Result<()>>;
+
+/// Where the RAM of a saved machine is.
+pub enum Source {
+    /// In this memory file, which is mapped.
+    File(Arc<File>),
+    /// Wherever this reads it.
+    Read(ReadPages),
 }
 
 /// Why a machine could not be built.
@@ -119,9 +160,24 @@ pub enum BuildError {
     /// Two things at one address.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// A saved machine does not come back.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
+    /// A device does not take its saved state.
+    #[error("{name:?} does not come back as it was saved")]
+    Restore {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: DeviceError,
+    },
+    /// Saved memory cannot be read.
+    #[error("Guest memory cannot be read")]
+    Read(#[source] io::Error),
     /// An interrupt line.
     #[error("Interrupt line {0} cannot be had")]
-    Line(u32, #[source] std::io::Error),
+    Line(u32, #[source] io::Error),
 }
 
 impl BuildError {
@@ -142,18 +198,26 @@ fn processors<E: std::error::Error + Send + Sync + 'static>(error: E) -> BuildEr
     BuildError::Processors(Box::new(error))
 }
 
-/// Builds the machine that `plan` describes. Nothing runs yet, and its kernel is brought into memory
-/// by the first vCPU that runs.
-pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
-    let spec = plan.spec;
+/// Builds the machine that `plan` describes. Nothing runs yet. The kernel of one that boots is
+/// brought into memory by the first vCPU that runs; one that was saved is as if it had been paused.
+pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
+    let Plan { spec, .. } = plan;
     let config = &spec.machine_config;
+    let mut origin = plan.origin;
     // The files come first: a missing one is the likeliest mistake and the cheapest to find.
-    let files = open_files(spec)?;
-    let mut annex = Annex::open(spec)?;
+    let files = match &origin {
+        Origin::Boot => Some(open_files(spec)?),
+        Origin::Saved(_) => None,
+    };
+    let was = match &mut origin {
+        Origin::Boot => None,
+        Origin::Saved(restored) => Some(restored.saved.section("annex")?),
+    };
+    let mut annex = Annex::open(spec, was.as_ref())?;
     let template = cpu::template(spec).map_err(processors)?;
     let kvm = kvm::open_for(&template)?;
     let vm = kvm::create_vm(&kvm)?;
-    let ram = memory::map(config)?;
+    let (ram, beneath) = ram(config, &mut origin)?;
     let slots = memory::register(&vm, &ram, config.track_dirty_pages)?;
     annex.register(&vm, slots)?;
     let memory = annex.joined_to(ram.clone(), config.track_dirty_pages)?;
@@ -161,8 +225,6 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let fds = (0..u64::from(config.vcpu_count))
         .map(|index| vm.create_vcpu(index).map_err(kvm::call("create a vCPU")))
         .collect::<Result<Vec<_>, _>>()?;
-    let cpuid = cpuid_of(&kvm, config, fds.first(), &template)?;
-    annex.physical_bits = cpuid.physical_bits();
     let shape = StateShape::new(&kvm, &vm, false).map_err(processors)?;
     let shape = Arc::new(shape.with_msrs(&template.msr_indices()));
     let host = Arc::new(KvmHost::new(vm));
@@ -170,91 +232,264 @@ pub fn build(plan: &Plan<'_>) -> Result<Vm, BuildError> {
     let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
     let pci = match config.transport {
         spec::Transport::Mmio => None,
-        spec::Transport::Pci => Some(pci_bus(plan, &mmio, &ports)?),
+        spec::Transport::Pci => Some(pci_bus(&plan.ejected, &mmio, &ports)?),
     };
-    if plan.boot_timer {
+    if plan.platform.boot_timer {
         let timer = Arc::new(BootTimer::new(Arc::clone(&plan.milestones)));
         mmio.insert(layout::MMIO_WINDOW.start, boot_timer::LENGTH, timer)?;
     }
     let mut places =
         Places::new(memory.clone(), host.clone(), mmio.clone(), pci.clone(), plan.faults.clone());
-    let platform = Platform::build(plan, &host, &ports, &mut places)?;
+    if let Origin::Saved(restored) = &origin {
+        let saved = restored.saved.clone();
+        places.as_they_were(Box::new(move |kind, name| saved.slot_of(kind, name).ok().flatten()));
+    }
+    let parts = Parts {
+        spec,
+        faults: &plan.faults,
+        reporter: &plan.reporter,
+        mmds: plan.mmds.as_ref(),
+        handed: plan.handed,
+    };
+    let board = Board::build(&parts, &host, &ports, &mut places)?;
     let (serial, consoles) = Consoles::open(spec, &*host, &ports, &mut places)?;
-    attach_devices(plan, &mut places)?;
+    attach_devices(&parts, &mut places)?;
     annex.attach(spec, &host, &mut places)?;
-
     let registers = (config.vcpus_max() > config.vcpu_count)
         .then(|| Arc::new(processors::Processors::new(config.vcpu_count)));
     if let Some(registers) = &registers {
         ports.insert(processors::BASE.into(), processors::LEN.into(), registers.clone())?;
     }
-    let sleep = acpi::Sleep { control: port(power::SLEEP_CONTROL), status: port(power::SLEEP_STATUS) };
-    let events = acpi::Events { line: platform.line, status: port(power::EVENT_STATUS) };
-    let rsdp = acpi::write(
-        &memory,
-        &acpi::Description {
-            vcpus: config.vcpu_count,
-            processors: registers.is_some().then_some(acpi::Processors {
-                max: config.vcpus_max(),
-                present: processors::PRESENT,
-                inserted: processors::INSERTED,
-            }),
-            serial: &serial,
-            virtio_mmio: places.pages(),
-            pci: pci.is_some().then(pci_host),
-            reset: Some((port(power::RESET), power::RESET_VALUE)),
-            sleep: Some(sleep),
-            events: Some(events),
-            power_button: true,
-            i8042: platform.keyboard.is_some(),
-            pvpanic: platform.pvpanic.is_some().then_some(pvpanic::PORT),
-            generation_id: Some(layout::GENERATION_ID),
-            vm_clock: Some(layout::VM_CLOCK),
-        },
-    )?;
-    generation::at_boot(&memory).map_err(named("The generation id".to_owned()))?;
-    let command_line = command_line(spec)?;
-    let boot_plan = boot::Plan::new(boot::Payload {
-        kernel: &files.kernel,
-        initrd: files.initrd.as_ref(),
-        command_line: &command_line,
-        entry: boot::EntryChoice::Auto,
-        ram: config.mem_size_mib << 20,
-        rsdp: Some(rsdp),
-    })?;
-    let loaded = boot_plan.finish(&memory)?;
-    let parts = loading::parts(&boot_plan);
-    let loading = Loading::ahead(files, parts, memory.clone());
-    if config.gdb_socket_path.is_some() {
-        // A debugger looks at memory, and changes it, before the guest runs.
-        loading.finish()?;
-    }
-    for (index, fd) in (0..).zip(&fds) {
-        let cpuid = cpuid.for_vcpu(index).map_err(processors)?;
-        regs::configure_vcpu(fd, index, &cpuid, &loaded).map_err(processors)?;
-    }
-    template.change_msrs(&fds).map_err(processors)?;
+
+    // What a machine that was saved got when it booted is in its memory and its vCPUs.
+    let boots = files.is_some();
+    let cpuid = (boots || registers.is_some()).then(|| cpuid_of(&kvm, config, fds.first(), &template));
+    let cpuid = cpuid.transpose()?;
+    annex.physical_bits = cpuid.as_ref().map_or(0, cpuid::Cpuid::physical_bits);
+    let loading = match (origin, files, &cpuid) {
+        (Origin::Boot, Some(files), Some(cpuid)) => {
+            let tables = Tables { serial: &serial, places: &places, board: &board, has_pci: pci.is_some() };
+            let rsdp = tables.write(&memory, config, registers.is_some(), plan.platform.keyboard)?;
+            boot_vcpus(spec, files, &memory, rsdp, &fds, (cpuid, &template))?
+        }
+        (Origin::Saved(restored), ..) => {
+            let state = State {
+                fds: &fds,
+                shape: &shape,
+                board: &board,
+                consoles: &consoles,
+                places: &places,
+                registers: registers.as_deref(),
+                mmds: plan.mmds.as_deref(),
+            };
+            annex.physical_bits = state.restore(*restored, &host, &memory, &annex, config)?;
+            Loading::done()
+        }
+        // Files are open and CPUID is made where a machine boots.
+        (Origin::Boot, ..) => Loading::done(),
+    };
     let milestones = Arc::clone(&plan.milestones);
     let buses = Buses { mmio, ports, milestones, loading: Arc::new(loading) };
     let vcpus = Vcpus::spawn(fds, &buses, &plan.reporter)?;
-    let made_from = ((cpuid, template), (buses, Arc::clone(&plan.reporter)));
+    let room = registers.zip(cpuid).map(|(registers, cpuid)| {
+        let made_from = ((cpuid, template), (buses, Arc::clone(&plan.reporter)));
+        Room::new(config.vcpus_max(), made_from.0, made_from.1, registers)
+    });
     Ok(Vm {
         vcpus,
-        room: registers.map(|registers| Room::new(config.vcpus_max(), made_from.0, made_from.1, registers)),
+        room,
         shape,
         devices: places.take_devices(),
         places,
         severed: Vec::new(),
         annex,
-        power: platform.power,
-        keyboard: platform.keyboard,
-        pvpanic: platform.pvpanic,
+        beneath,
+        tracks_dirty_pages: config.track_dirty_pages,
+        huge_pages: config.huge_pages == spec::HugePages::Huge2M,
+        carried: Gathering::default(),
+        power: board.power,
+        i8042: board.keyboard,
+        platform: plan.platform,
+        pvpanic: board.pvpanic,
         milestones: Arc::clone(&plan.milestones),
         ram,
         memory,
         consoles,
         host,
     })
+}
+
+/// RAM, and what shows through it.
+fn ram(config: &spec::MachineConfig, origin: &mut Origin) -> Result<(Memory, Beneath), BuildError> {
+    let empty = || memory::map(config, memory::Backing::Empty);
+    let read = |read: &mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>| {
+        let ram = empty()?;
+        capture::fill(&ram, &pages::pieces(&ram), read).map_err(BuildError::Read)?;
+        Ok((ram, Beneath::Nothing))
+    };
+    let Origin::Saved(restored) = origin else { return Ok((empty()?, Beneath::Nothing)) };
+    match &mut restored.memory {
+        // Pages of the reserved pool cannot be those of a file.
+        Source::File(file) if config.huge_pages == spec::HugePages::Huge2M => {
+            read(&mut |offset, bytes| file.read_exact_at(bytes, offset))
+        }
+        Source::File(file) => {
+            let ram = memory::map(config, memory::Backing::File(file))?;
+            Ok((ram, Beneath::File(Arc::clone(file))))
+        }
+        Source::Read(from) => read(from),
+    }
+}
+
+/// Writes what a kernel finds when it starts, and gives the vCPUs their first state.
+fn boot_vcpus(
+    spec: &Spec,
+    files: Files,
+    memory: &Memory,
+    rsdp: u64,
+    fds: &[VcpuFd],
+    (cpuid, template): (&cpuid::Cpuid, &Template),
+) -> Result<Loading, BuildError> {
+    generation::at_boot(memory).map_err(named("The generation id".to_owned()))?;
+    let command_line = command_line(spec)?;
+    let boot_plan = boot::Plan::new(boot::Payload {
+        kernel: &files.kernel,
+        initrd: files.initrd.as_ref(),
+        command_line: &command_line,
+        entry: boot::EntryChoice::Auto,
+        ram: spec.machine_config.mem_size_mib << 20,
+        rsdp: Some(rsdp),
+    })?;
+    let loaded = boot_plan.finish(memory)?;
+    let parts = loading::parts(&boot_plan);
+    let loading = Loading::ahead(files, parts, memory.clone());
+    if spec.machine_config.gdb_socket_path.is_some() {
+        // A debugger looks at memory, and changes it, before the guest runs.
+        loading.finish()?;
+    }
+    for (index, fd) in (0..).zip(fds) {
+        let cpuid = cpuid.for_vcpu(index).map_err(processors)?;
+        regs::configure_vcpu(fd, index, &cpuid, &loaded).map_err(processors)?;
+    }
+    template.change_msrs(fds).map_err(processors)?;
+    Ok(loading)
+}
+
+/// What the firmware tables are made of.
+struct Tables<'a> {
+    serial: &'a [acpi::SerialPort],
+    places: &'a Places,
+    board: &'a Board,
+    has_pci: bool,
+}
+
+impl Tables<'_> {
+    /// Writes the tables and returns where they begin.
+    fn write(
+        &self,
+        memory: &Memory,
+        config: &spec::MachineConfig,
+        has_room: bool,
+        keyboard: bool,
+    ) -> Result<u64, acpi::AcpiError> {
+        let sleep = acpi::Sleep { control: port(power::SLEEP_CONTROL), status: port(power::SLEEP_STATUS) };
+        let events = acpi::Events { line: self.board.line, status: port(power::EVENT_STATUS) };
+        acpi::write(
+            memory,
+            &acpi::Description {
+                vcpus: config.vcpu_count,
+                processors: has_room.then_some(acpi::Processors {
+                    max: config.vcpus_max(),
+                    present: processors::PRESENT,
+                    inserted: processors::INSERTED,
+                }),
+                serial: self.serial,
+                virtio_mmio: self.places.pages(),
+                pci: self.has_pci.then(pci_host),
+                reset: Some((port(power::RESET), power::RESET_VALUE)),
+                sleep: Some(sleep),
+                events: Some(events),
+                power_button: true,
+                i8042: keyboard,
+                pvpanic: self.board.pvpanic.is_some().then_some(pvpanic::PORT),
+                generation_id: Some(layout::GENERATION_ID),
+                vm_clock: Some(layout::VM_CLOCK),
+            },
+        )
+    }
+}
+
+/// What saved state goes back to.
+struct State<'a> {
+    fds: &'a [VcpuFd],
+    shape: &'a StateShape,
+    board: &'a Board,
+    consoles: &'a Consoles,
+    places: &'a Places,
+    registers: Option<&'a processors::Processors>,
+    mmds: Option<&'a Mmds>,
+}
+
+impl State<'_> {
+    /// Brings everything to where it was. The clock comes before the vCPUs (a vCPU's own clock is
+    /// made of it), and devices last, whose lines may be raised at once. Returns the width of the
+    /// guest's physical addresses.
+    fn restore(
+        &self,
+        restored: Restored,
+        host: &KvmHost,
+        memory: &Memory,
+        annex: &Annex,
+        config: &spec::MachineConfig,
+    ) -> Result<u8, BuildError> {
+        let Restored { mut saved, memory: mut source, clock } = restored;
+        saved.clock()?.load(host.vm(), clock).map_err(SavedError::from)?;
+        saved.irqchip()?.load(host.vm()).map_err(SavedError::from)?;
+        // At most 64 vCPUs.
+        let states = saved.vcpus(self.fds.len() as u8)?;
+        for (index, (state, fd)) in states.iter().zip(self.fds).enumerate() {
+            let loaded = state.load(fd, self.shape).and_then(|()| arch::state::announce_pause(fd));
+            loaded.map_err(|source| SavedError::Vcpu { index, source })?;
+        }
+        for (name, device) in self.places.devices() {
+            let part = saved.take(device.about().kind, name)?;
+            let taken = device.restore(&part.sections);
+            taken.map_err(|source| BuildError::Restore { name: name.clone(), source })?;
+        }
+        if config.transport == spec::Transport::Pci
+            && let Ok(pci) = self.places.hotplug()
+        {
+            pci.restore(&saved.section("pci")?).map_err(SavedError::from)?;
+        }
+        if let Some(registers) = self.registers {
+            registers.restore(&saved.section("processors")?).map_err(SavedError::from)?;
+        }
+        let serial = saved.section_if_there("serial")?;
+        self.consoles.restore(serial.as_ref()).map_err(SavedError::from)?;
+        self.board.keyboard.restore(&saved.section("i8042")?).map_err(SavedError::from)?;
+        let mmds = saved.section_if_there("mmds")?;
+        if let (Some(mmds), Some(section)) = (self.mmds, mmds) {
+            let known: Vec<String> = self.places.devices().iter().map(|(name, _)| name.clone()).collect();
+            let known: Vec<&str> = known.iter().map(String::as_str).collect();
+            mmds.restore(&section, &known).map_err(SavedError::from)?;
+        }
+        self.board.power.restore(&saved.section("power")?).map_err(SavedError::from)?;
+        let pieces = capture::plugged(memory, annex);
+        match &mut source {
+            _ if pieces.is_empty() => {}
+            Source::File(file) => {
+                let read = |offset, bytes: &mut [u8]| file.read_exact_at(bytes, offset);
+                capture::fill(memory, &pieces, read).map_err(BuildError::Read)?;
+            }
+            Source::Read(read) => {
+                capture::fill(memory, &pieces, read).map_err(BuildError::Read)?;
+            }
+        }
+        let renewed = generation::renew(memory, &self.board.power);
+        renewed.map_err(named("The generation id".to_owned()))?;
+        saved.finish()?;
+        Ok(states.first().map_or(0, |first| cpuid::physical_bits(first.cpuid())))
+    }
 }
 
 /// Opens what is to be booted.
@@ -289,22 +524,31 @@ fn cpuid_of(
     Ok(cpuid)
 }
 
+/// What devices are made of.
+struct Parts<'a> {
+    spec: &'a Spec,
+    faults: &'a Arc<Faults>,
+    reporter: &'a Reporter,
+    mmds: Option<&'a Arc<Mmds>>,
+    handed: &'a Handed,
+}
+
 /// What every machine has besides its processors and devices.
-struct Platform {
+struct Board {
     power: Arc<Power>,
-    keyboard: Option<Arc<I8042>>,
+    keyboard: Arc<I8042>,
     pvpanic: Option<Arc<PvPanic>>,
     line: u32,
 }
 
-impl Platform {
+impl Board {
     fn build(
-        plan: &Plan<'_>,
+        parts: &Parts<'_>,
         host: &Arc<KvmHost>,
         ports: &Bus,
         places: &mut Places,
-    ) -> Result<Platform, BuildError> {
-        let reporter = Arc::clone(&plan.reporter);
+    ) -> Result<Board, BuildError> {
+        let reporter = Arc::clone(parts.reporter);
         let callback: power::PowerCallback = Arc::new(move |event| {
             reporter(Report::Ended(match event {
                 PowerEvent::Off => Ending::Off,
@@ -320,35 +564,35 @@ impl Platform {
         // the guest, and so probed, it is only where somebody can press its keys.
         let keyboard = Arc::new(I8042::new(callback, line_of(i8042::GSI)?));
         ports.insert(i8042::BASE.into(), i8042::LEN.into(), keyboard.clone())?;
-        let pvpanic = plan.spec.machine_config.pvpanic.then(|| {
-            let faults = Arc::clone(&plan.faults);
+        let pvpanic = parts.spec.machine_config.pvpanic.then(|| {
+            let faults = Arc::clone(parts.faults);
             Arc::new(PvPanic::new(Arc::new(move |event| faults.panicked(event))))
         });
         if let Some(port) = &pvpanic {
             ports.insert(pvpanic::PORT.into(), pvpanic::LEN.into(), port.clone())?;
         }
-        Ok(Platform { power, keyboard: plan.keyboard.then_some(keyboard), pvpanic, line })
+        Ok(Board { power, keyboard, pvpanic, line })
     }
 }
 
 /// An empty PCI bus, and the registers through which its slots are filled and emptied later.
-fn pci_bus(plan: &Plan<'_>, mmio: &Bus, ports: &Bus) -> Result<Arc<Hotplug>, BusError> {
+fn pci_bus(ejected: &hotplug::Ejected, mmio: &Bus, ports: &Bus) -> Result<Arc<Hotplug>, BusError> {
     let root = Arc::new(Root::new());
     mmio.insert(layout::ECAM.start, layout::ECAM_BUS, root.clone())?;
-    let pci = Arc::new(Hotplug::new(root, Arc::clone(&plan.ejected)));
+    let pci = Arc::new(Hotplug::new(root, Arc::clone(ejected)));
     ports.insert(hotplug::BASE.into(), hotplug::LEN.into(), pci.clone())?;
     Ok(pci)
 }
 
-fn attach_devices(plan: &Plan<'_>, places: &mut Places) -> Result<(), BuildError> {
-    let spec = plan.spec;
+fn attach_devices(parts: &Parts<'_>, places: &mut Places) -> Result<(), BuildError> {
+    let spec = parts.spec;
     // The root device is the first disk, because the command line calls it /dev/vda.
     let (roots, others): (Vec<_>, Vec<_>) = spec.drives.iter().partition(|d| d.is_root_device);
     for drive in roots.into_iter().chain(others) {
-        places.attach(&drive.drive_id, disk(drive, plan.handed)?)?;
+        places.attach(&drive.drive_id, disk(drive, parts.handed)?)?;
     }
     for interface in &spec.network_interfaces {
-        places.attach(&interface.iface_id, card(interface, plan.mmds.as_ref(), plan.handed)?)?;
+        places.attach(&interface.iface_id, card(interface, parts.mmds, parts.handed)?)?;
     }
     if let Some(vsock) = &spec.vsock {
         let config = vsock::VsockConfig { guest_cid: vsock.guest_cid, uds_path: vsock.uds_path.clone() };

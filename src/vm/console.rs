@@ -11,6 +11,7 @@ use devices::{
         Output, OutputError,
         serial::{self, Serial},
     },
+    state::{Section, StateError},
     worker::Worker,
 };
 
@@ -87,6 +88,19 @@ impl Consoles {
     pub fn finish(&self) {
         if let Some(serial) = &self.serial {
             serial.finish(FINISH);
+        }
+    }
+
+    /// State of the serial port, if there is one.
+    pub fn save(&self) -> Option<Section> {
+        self.serial.as_ref().map(|serial| serial.save())
+    }
+
+    /// Takes over the state of the serial port.
+    pub fn restore(&self, saved: Option<&Section>) -> Result<(), StateError> {
+        match (&self.serial, saved) {
+            (Some(serial), Some(saved)) => serial.restore(saved),
+            _ => Ok(()),
         }
     }
 

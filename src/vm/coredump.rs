@@ -157,7 +157,7 @@ mod tests {
 
     fn memory() -> Memory {
         let config = MachineConfig { mem_size_mib: 16, ..MachineConfig::default() };
-        let memory = crate::vm::memory::map(&config).unwrap();
+        let memory = crate::vm::memory::map(&config, crate::vm::memory::Backing::Empty).unwrap();
         memory.write_obj(0x1234_5678u32, GuestAddress(0x2000)).unwrap();
         memory
     }

@@ -70,7 +70,7 @@ mod tests {
     #[test]
     fn each_machine_has_an_id_of_its_own_and_a_restored_one_is_told() {
         let config = api::spec::MachineConfig { mem_size_mib: 16, ..Default::default() };
-        let memory = crate::vm::memory::map(&config).unwrap();
+        let memory = crate::vm::memory::map(&config, crate::vm::memory::Backing::Empty).unwrap();
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let power = Power::new(Arc::new(|_| ()), line.try_clone().unwrap());
         at_boot(&memory).unwrap();

@@ -135,7 +135,7 @@ mod tests {
         let kernel = BootFile::from_file(What::Kernel, "kernel".to_owned(), open()).unwrap();
         let initrd = BootFile::from_file(What::Initrd, "initrd".to_owned(), open()).unwrap();
         let config = api::spec::MachineConfig { mem_size_mib: 16, ..Default::default() };
-        let memory = crate::vm::memory::map(&config).unwrap();
+        let memory = crate::vm::memory::map(&config, crate::vm::memory::Backing::Empty).unwrap();
         let files = Files { kernel, initrd: Some(initrd) };
         (Loading::ahead(files, parts, memory.clone()), memory, file)
     }

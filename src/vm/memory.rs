@@ -1,10 +1,13 @@
 //! Guest memory: its backing on the host and its slots in KVM.
 //!
 //! The backing is chosen by purpose. A machine that boots gets private anonymous memory: a
-//! page costs half as much to touch as one of a shared memory file. Nothing is reserved, so a
-//! machine costs the host what it touched. One slot for each region of RAM, never split.
+//! page costs half as much to touch as one of a shared memory file. One that was saved gets a
+//! private mapping of its memory file: what it only reads it shares with all others that come
+//! from that file, what it writes is its own, and what it never touches is never read. Nothing is
+//! reserved, so a machine costs the host what it touched. One slot for each region of RAM, never
+//! split.
 
-use std::io;
+use std::{fs::File, io, os::fd::AsRawFd};
 
 use api::spec::{HugePages, MachineConfig};
 use devices::Memory;
@@ -65,34 +68,50 @@ pub enum MemoryError {
 
 const PAGE: usize = 4096;
 
+/// What guest memory is at first.
+#[derive(Debug, Clone, Copy)]
+pub enum Backing<'a> {
+    /// Zero.
+    Empty,
+    /// Private copies of a file's pages, made as they are written. RAM lies in the file from its
+    /// beginning, region after region.
+    File(&'a File),
+}
+
 /// Maps the memory a machine asks for.
-pub fn map(config: &MachineConfig) -> Result<Memory, MemoryError> {
+pub fn map(config: &MachineConfig, backing: Backing<'_>) -> Result<Memory, MemoryError> {
     let bytes = config.mem_size_mib << 20;
     let have = host_memory();
     if bytes > have {
         return Err(MemoryError::TooMuch { asked: config.mem_size_mib, have: have >> 20 });
     }
     let mut regions = Vec::new();
+    let mut offset = 0;
     for (base, len) in arch::layout::ram_regions(bytes) {
         let size = usize::try_from(len).map_err(|_| MemoryError::Regions)?;
         let bitmap = config.track_dirty_pages.then(|| {
             AtomicBitmap::new(size, std::num::NonZeroUsize::new(PAGE).unwrap_or(std::num::NonZeroUsize::MIN))
         });
-        let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let mut flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         let mut hint = "";
+        let file = match backing {
+            Backing::Empty => None,
+            Backing::File(file) => Some((file, offset)),
+        };
+        offset += len;
         if config.huge_pages == HugePages::Huge2M {
             // Huge pages are reserved at once: a guest must not die of an empty pool later.
             flags = (flags & !libc::MAP_NORESERVE) | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
             hint = " from 2 MiB pages; raise /proc/sys/vm/nr_hugepages";
         }
         let failed = |source| MemoryError::Map { mib: len >> 20, hint, source };
-        let at = map_aligned(size, flags).map_err(|e| failed(MmapRegionError::Mmap(e)))?;
+        let at = map_aligned(size, flags, file).map_err(|e| failed(MmapRegionError::Mmap(e)))?;
         // SAFETY: `at` is a fresh mapping of `size` bytes with this protection and these
         // flags; it is never unmapped, as the region says of itself (it does not own it).
         let mapping = unsafe {
             MmapRegionBuilder::new_with_bitmap(size, bitmap)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(flags)
+                .with_mmap_flags(flags | libc::MAP_ANONYMOUS)
                 .with_raw_mmap_pointer(at)
                 .build()
         };
@@ -112,8 +131,15 @@ pub fn map(config: &MachineConfig) -> Result<Memory, MemoryError> {
 /// Maps `size` bytes at an address that is a multiple of 2 MiB, as all regions of RAM are in
 /// the guest. Only then can one huge page of the host back one of the guest; without it a
 /// boot was measured to leave the guest six times as often, for pages to be mapped one by one.
-fn map_aligned(size: usize, flags: i32) -> io::Result<*mut u8> {
+fn map_aligned(size: usize, flags: i32, file: Option<(&File, u64)>) -> io::Result<*mut u8> {
     const HUGE: usize = 2 << 20;
+    let (fd, offset, flags) = match file {
+        None => (-1, 0, flags | libc::MAP_ANONYMOUS),
+        Some((file, offset)) => {
+            let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+            (file.as_raw_fd(), offset, flags)
+        }
+    };
     let room = size.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
     let quiet = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let (null, open) = (std::ptr::null_mut(), libc::PROT_READ | libc::PROT_WRITE);
@@ -127,7 +153,7 @@ fn map_aligned(size: usize, flags: i32) -> io::Result<*mut u8> {
         }
         let before = (base as usize).next_multiple_of(HUGE) - base as usize;
         let at = base.byte_add(before);
-        let mapped = libc::mmap(at, size, open, flags | libc::MAP_FIXED, -1, 0);
+        let mapped = libc::mmap(at, size, open, flags | libc::MAP_FIXED, fd, offset);
         if mapped == libc::MAP_FAILED {
             let error = io::Error::last_os_error();
             libc::munmap(base, room);
@@ -196,15 +222,33 @@ mod tests {
     #[test]
     fn more_than_the_host_has_is_refused_by_number() {
         let config = MachineConfig { mem_size_mib: 1 << 24, ..MachineConfig::default() };
-        let error = map(&config).unwrap_err().to_string();
+        let error = map(&config, Backing::Empty).unwrap_err().to_string();
         assert!(error.contains("16777216 MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_memory_file_is_shared_until_it_is_written() {
+        use std::os::unix::fs::FileExt;
+        use vm_memory::Bytes;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(16 << 20).unwrap();
+        file.write_all_at(b"saved", 0x5000).unwrap();
+        let config = MachineConfig { mem_size_mib: 16, ..MachineConfig::default() };
+        let (one, other) =
+            (map(&config, Backing::File(&file)).unwrap(), map(&config, Backing::File(&file)).unwrap());
+        let read = |memory: &Memory| memory.read_obj::<[u8; 5]>(vm_memory::GuestAddress(0x5000)).unwrap();
+        one.write_obj(*b"mine!", vm_memory::GuestAddress(0x5000)).unwrap();
+        assert_eq!((&read(&one), &read(&other)), (b"mine!", b"saved"));
+        let mut kept = [0; 5];
+        file.read_exact_at(&mut kept, 0x5000).unwrap();
+        assert_eq!(&kept, b"saved");
     }
 
     #[test]
     fn dirty_tracking_is_on_only_when_asked_for() {
         for track in [false, true] {
             let config = MachineConfig { track_dirty_pages: track, ..MachineConfig::default() };
-            let memory = map(&config).unwrap();
+            let memory = map(&config, Backing::Empty).unwrap();
             assert_eq!(memory.iter().all(|r| (**r).bitmap().is_some()), track);
         }
     }

@@ -19,6 +19,7 @@ pub mod annex;
 pub mod attach;
 pub mod boot_timer;
 pub mod build;
+pub mod capture;
 pub mod console;
 pub mod coredump;
 pub mod cpu;
@@ -29,8 +30,10 @@ pub mod host;
 pub mod kvm;
 pub mod loading;
 pub mod memory;
+pub mod pages;
 pub mod plug;
 pub mod processors;
+pub mod saved;
 
 use std::{path::Path, sync::Arc};
 
@@ -48,6 +51,7 @@ use devices::{
 
 use crate::{
     metrics::Milestones,
+    snapshot::extents::Gathering,
     vcpu::{VcpuError, Vcpus},
 };
 
@@ -114,6 +118,21 @@ pub enum VmError {
     /// The core file could not be written.
     #[error(transparent)]
     CoreDump(#[from] coredump::CoreDumpError),
+    /// Its state could not be read.
+    #[error("The machine's interrupt controllers or clock cannot be read")]
+    Irqchip(#[from] arch::irqchip::IrqchipError),
+    /// KVM does not tell what was written.
+    #[error("KVM does not tell which pages were written")]
+    DirtyLog(#[source] kvm_ioctls::Error),
+    /// What is left of a device cannot be saved.
+    #[error(
+        "The guest still holds what is left in PCI slot {slot} of a device that was taken by force; a \
+         snapshot can be taken when it has given that back"
+    )]
+    Severed {
+        /// Where.
+        slot: u8,
+    },
     /// There is no keyboard controller.
     #[error("The machine has no keyboard controller to press Ctrl+Alt+Del on")]
     NoKeyboard,
@@ -128,6 +147,7 @@ impl VmError {
         match self {
             VmError::NoKeyboard | VmError::Keyboard(_) => FaultKind::Unsupported,
             VmError::CoreDump(error) => error.kind(),
+            VmError::Severed { .. } => FaultKind::Conflict,
             _ => FaultKind::Internal,
         }
     }
@@ -143,7 +163,8 @@ pub struct Vm {
     pub(crate) power: Arc<Power>,
     /// For processors that can come, if some can.
     pub(crate) room: Option<processors::Room>,
-    pub(crate) keyboard: Option<Arc<I8042>>,
+    pub(crate) i8042: Arc<I8042>,
+    pub(crate) platform: saved::Platform,
     pub(crate) pvpanic: Option<Arc<PvPanic>>,
     pub(crate) milestones: Arc<Milestones>,
     /// What the machine booted with; kept mapped until the process ends.
@@ -157,6 +178,14 @@ pub struct Vm {
     pub(crate) severed: Vec<u8>,
     /// Memory besides the RAM.
     pub(crate) annex: annex::Annex,
+    /// What shows through where there is no page of this machine's own.
+    pub(crate) beneath: capture::Beneath,
+    /// KVM records which pages are written.
+    pub(crate) tracks_dirty_pages: bool,
+    /// Guest memory is of huge pages.
+    pub(crate) huge_pages: bool,
+    /// What was written before KVM's record began anew, and is in no snapshot.
+    pub(crate) carried: Gathering,
     pub(crate) host: Arc<host::KvmHost>,
 }
 
@@ -216,8 +245,10 @@ impl Vm {
 
     /// Presses Ctrl+Alt+Del on the keyboard controller.
     pub fn press_ctrl_alt_del(&self) -> Result<(), VmError> {
-        let keyboard = self.keyboard.as_ref().ok_or(VmError::NoKeyboard)?;
-        keyboard.send_ctrl_alt_del().map_err(VmError::Keyboard)
+        if !self.platform.keyboard {
+            return Err(VmError::NoKeyboard);
+        }
+        self.i8042.send_ctrl_alt_del().map_err(VmError::Keyboard)
     }
 
     /// Interrupts every vCPU where it cannot be masked, running or paused: a guest that hangs

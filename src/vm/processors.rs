@@ -18,9 +18,12 @@
 use std::sync::Arc;
 
 use arch::{cpuid::Cpuid, regs, template::Template};
-use devices::legacy::{
-    power::{self, Power},
-    processors::Processors,
+use devices::{
+    legacy::{
+        power::{self, Power},
+        processors::Processors,
+    },
+    state::Section,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -127,6 +130,11 @@ impl Room {
     fn configure(&self, index: u8, fd: &VcpuFd) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         regs::configure_waiting_vcpu(fd, index, &self.cpuid.for_vcpu(index)?)?;
         Ok(self.template.change_msrs(std::slice::from_ref(fd))?)
+    }
+
+    /// What of the guest's registers is saved.
+    pub fn save(&self) -> Section {
+        self.registers.save()
     }
 
     /// Tells the guest that processors `first` to `end` - 1 are there.

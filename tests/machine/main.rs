@@ -2,7 +2,7 @@
 //! guest, the host's own files, taps and sockets.
 //!
 //! ```text
-//!   boot  block  net  vsock  hostile  hotplug  vcpus  generation  api_*  clients  debug   what is tested
+//!   boot  block  net  vsock  hostile  hotplug  vcpus  snapshot  api_*  ..   what is tested
 //!        |                       |
 //!        v                       |
 //!   vm: Setup -> Vm -> Ended     |            one machine: its process, console and log
@@ -37,6 +37,7 @@ mod kernel;
 mod net;
 mod process;
 mod side;
+mod snapshot;
 mod vcpus;
 mod vm;
 mod vsock;

@@ -136,17 +136,24 @@ impl Setup {
     }
 
     fn spawn<const N: usize>(mut self, flags: [&OsStr; N]) -> Vm {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nacelle"));
-        command.args(["vmm", "--level", "Info", "--show-counters"]);
-        command.args(flags).args(&self.flags);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut process = Process::new(command.spawn().unwrap());
-        let log = Stream::of(process.child().stderr.take().unwrap());
+        let (mut process, log) = monitor(&flags, &self.flags);
         let serial = self.spec.serial.take().unwrap_or_default();
         let deadline = within(LIFE_SECONDS);
         let (console, input) = connect(&serial, &mut process, &log, deadline);
-        Vm { process, console, log, input, serial, deadline, folder: self.folder }
+        let (flags, folder) = (self.flags, self.folder);
+        Vm { process, console, log, input, serial, deadline, flags, folder }
     }
+}
+
+/// Starts a monitor, and what it logs.
+fn monitor(flags: &[&OsStr], more: &[String]) -> (Process, Stream) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nacelle"));
+    command.args(["vmm", "--level", "Info", "--show-counters"]);
+    command.args(flags).args(more);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = Process::new(command.spawn().unwrap());
+    let log = Stream::of(process.child().stderr.take().unwrap());
+    (process, log)
 }
 
 type Input = Option<Box<dyn Write>>;
@@ -187,10 +194,44 @@ pub struct Vm {
     input: Input,
     serial: Serial,
     deadline: Instant,
+    flags: Vec<String>,
     folder: TempDir,
 }
 
 impl Vm {
+    /// Kills the monitor and starts another one in its place, which knows of no machine yet.
+    /// Its standard output is the console of the machine that it is told to be.
+    pub fn successor(self) -> Vm {
+        let Vm { process, folder, serial, flags, deadline, .. } = self;
+        drop(process);
+        let socket = folder.path().join("api");
+        let _ = fs::remove_file(&socket);
+        let (mut process, log) = monitor(&["--api-sock".as_ref(), socket.as_os_str()], &flags);
+        let (console, input) = connect(&serial, &mut process, &log, deadline);
+        Vm { process, console, log, input, serial, deadline, flags, folder }
+    }
+
+    /// A monitor beside this one, which knows of no machine yet, with its API's socket.
+    #[expect(dead_code, reason = "clones are tested next")]
+    pub fn beside(&self, name: &str) -> (Vm, Client) {
+        let folder = tempfile::tempdir_in(self.folder.path()).unwrap();
+        let socket = folder.path().join("api");
+        let (mut process, log) = monitor(
+            &["--api-sock".as_ref(), socket.as_os_str(), "--id".as_ref(), name.as_ref()],
+            &self.flags,
+        );
+        let (serial, flags, deadline) = (Serial::default(), self.flags.clone(), self.deadline);
+        let (console, input) = connect(&serial, &mut process, &log, deadline);
+        let vm = Vm { process, console, log, input, serial, deadline, flags, folder };
+        let client = vm.client();
+        (vm, client)
+    }
+
+    /// A folder that lives as long as the machine.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// Waits until the guest has printed `what`.
     pub fn wait_for(&self, what: &str) {
         if !self.console.heard(what, self.deadline) {

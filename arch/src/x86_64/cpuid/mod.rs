@@ -194,7 +194,7 @@ impl Cpuid {
     /// Bits of a guest physical address (leaf 0x80000008), 36 where a table does not say.
     #[must_use]
     pub fn physical_bits(&self) -> u8 {
-        self.entry(0x8000_0008, 0).map_or(36, |e| (e.eax & 0xff) as u8)
+        physical_bits(&self.entries)
     }
 
     /// One entry, or `None`.
@@ -460,6 +460,13 @@ impl Cpuid {
             self.put(base, 0, false, [leaf, 0, 0, 0]);
         }
     }
+}
+
+/// Bits of a guest physical address that a table tells (leaf 0x80000008); 36 where it does not.
+#[must_use]
+pub fn physical_bits(entries: &[kvm_cpuid_entry2]) -> u8 {
+    let leaf = entries.iter().find(|e| e.function == 0x8000_0008 && e.index == 0);
+    leaf.map_or(36, |e| (e.eax & 0xff) as u8)
 }
 
 /// The "ids sharing this cache, less one" field for a cache whose EAX is `eax`: levels 1 and 2

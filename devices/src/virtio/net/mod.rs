@@ -179,6 +179,8 @@ type Numbered = (Option<u16>, Box<dyn Handler>);
 pub struct Net {
     about: About,
     mac: Mac,
+    /// It was asked for, not made up here.
+    mac_was_given: bool,
     mtu: Option<u16>,
     pairs: u16,
     drop_spoofed: bool,
@@ -203,6 +205,7 @@ impl Net {
     pub fn with_port(port: Arc<dyn Port>, mac: Option<Mac>, mtu: Option<u16>) -> Result<Net, NetError> {
         let pairs = u16::try_from(port.descriptors().len()).unwrap_or(u16::MAX);
         check(pairs, mtu)?;
+        let mac_was_given = mac.is_some();
         let mac = mac.map_or_else(Mac::random, Ok).map_err(NetError::Random)?;
         let mut features = F_COMMON
             | 1 << VIRTIO_NET_F_MAC
@@ -219,7 +222,18 @@ impl Net {
             About { kind: KIND, device_id: 1, pci_class: 0x02_0000, features, queues, config_len: 12 };
         let shared = Arc::new(Shared::default());
         use_pairs(&*port, &shared, 1);
-        Ok(Net { about, mac, mtu, pairs, drop_spoofed: false, mmds: None, port, shared, started: None })
+        Ok(Net {
+            about,
+            mac,
+            mac_was_given,
+            mtu,
+            pairs,
+            drop_spoofed: false,
+            mmds: None,
+            port,
+            shared,
+            started: None,
+        })
     }
 
     /// The address the guest sees.
@@ -460,7 +474,10 @@ impl VirtioDevice for Net {
         }
         self.shared.rx_limits.restore(&saved.rx).map_err(impossible)?;
         self.shared.tx_limits.restore(&saved.tx).map_err(impossible)?;
-        self.mac = saved.mac;
+        // One that was asked for is the saved one, or another that its guest is told of.
+        if !self.mac_was_given {
+            self.mac = saved.mac;
+        }
         self.mtu = saved.mtu;
         use_pairs(&*self.port, &self.shared, saved.pairs_in_use);
         Ok(())

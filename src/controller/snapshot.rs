@@ -1,0 +1,452 @@
+//! Snapshots that are being written.
+//!
+//! ```text
+//!   PUT /snapshot/create ─► capture (machine stands still) ─► thread: pages, drives, publish
+//!                                │                                │ progress, cancel
+//!                                └► job: 202, or an answer later ◄┘ event, lineage
+//! ```
+//!
+//! A snapshot is captured on this thread and written on another, so that a machine whose memory
+//! takes a minute to write is still asked how it is, how far it is, or to stop. One is written at a
+//! time. A machine that is to stand still while it is written cannot be resumed before.
+//!
+//! Whatever goes wrong, the machine is as it was: what was to be in the snapshot is captured again
+//! by the next one.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use api::{
+    Fault, FaultKind, Reply, Request, Spec,
+    http::{self, Response},
+    routes,
+    spec::{Compression, CreateSnapshot, DriveCapture, JobState, SnapshotJob, SnapshotType},
+};
+use devices::state::Section;
+use serde_json::{Value, json};
+
+use super::{Controller, Event, http::rendered};
+use crate::{
+    phase::Phase,
+    server::{Answer, Ticket},
+    snapshot::{
+        self, Destination, Manner, PairWriter, Parent, SnapshotError, Store, Subject, Watch, Writer,
+        disk::HostDisk, extents::Run, hint_from, manifest,
+    },
+    vm::capture::{From, Part},
+};
+
+/// Jobs that have ended and are still told of.
+const KEPT: usize = 16;
+
+/// How long a job that was told to stop is waited for when the machine ends.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// The snapshot that a machine's next diff is a diff of.
+#[derive(Debug, Clone)]
+pub(super) struct Lineage {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// Its identity.
+    pub id: snapshot::Id,
+    /// Digest of its memory index.
+    pub index: snapshot::Digest,
+}
+
+/// How far a writer is, and whether it is to go on.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    done: AtomicU64,
+    total: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Watch for Progress {
+    fn step(&self, done: u64, total: u64) -> ControlFlow<()> {
+        self.done.store(done, Relaxed);
+        self.total.fetch_max(total, Relaxed);
+        if self.cancelled.load(Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
+
+/// A snapshot that is being written.
+struct Running {
+    job: SnapshotJob,
+    progress: Arc<Progress>,
+    thread: Option<thread::JoinHandle<()>>,
+    /// Clients that are answered when it is done.
+    waiting: Option<Ticket>,
+    /// When the machine came to stand still for it.
+    stood_still: Instant,
+    /// The machine is to go on when it is done.
+    resume: bool,
+    /// What it took from the record of what was written.
+    dirty: Vec<Run>,
+}
+
+/// What became of one.
+pub(super) type Outcome = Result<Option<Lineage>, SnapshotError>;
+
+/// All of them.
+#[derive(Default)]
+pub(super) struct Jobs {
+    last: u64,
+    running: Option<Running>,
+    ended: VecDeque<SnapshotJob>,
+}
+
+impl Jobs {
+    fn shown(&self) -> impl Iterator<Item = SnapshotJob> + '_ {
+        let running = self.running.iter().map(|running| {
+            let (done, total) = (&running.progress.done, &running.progress.total);
+            let (done_bytes, total_bytes) = (done.load(Relaxed), total.load(Relaxed));
+            SnapshotJob { done_bytes, total_bytes, ..running.job.clone() }
+        });
+        self.ended.iter().cloned().chain(running)
+    }
+
+    fn find(&self, id: u64) -> Result<SnapshotJob, Fault> {
+        let missing = || Fault::new(FaultKind::NotFound, format!("There is no snapshot job {id}"));
+        self.shown().find(|job| job.id == id).ok_or_else(missing)
+    }
+
+    /// Refuses what would change memory that is being written.
+    pub(super) fn let_run(&self) -> Result<(), Fault> {
+        match &self.running {
+            None => Ok(()),
+            Some(running) => Err(Fault::new(
+                FaultKind::Conflict,
+                format!(
+                    "A snapshot is being written (job {}); wait until it is done, or cancel it",
+                    running.job.id
+                ),
+            )),
+        }
+    }
+}
+
+/// All that is written, apart from the machine.
+struct Work {
+    create: CreateSnapshot,
+    subject: Subject,
+    sections: Vec<Section>,
+    parts: Vec<Part>,
+    drives: Vec<Captured>,
+    running_from: Vec<PathBuf>,
+    id: snapshot::Id,
+}
+
+/// A drive that belongs to the snapshot, open.
+struct Captured {
+    id: String,
+    source: String,
+    capture: manifest::Capture,
+    file: Option<File>,
+}
+
+impl Controller {
+    /// `PUT /snapshot/create`: answered when it is done, unless it is to go on in the background.
+    pub(super) fn create_for(&mut self, request: &http::Request, ticket: Ticket) -> Answer {
+        let background = match routes::parse("PUT", &request.path, &request.body) {
+            Ok(routes::Parsed { request: Request::CreateSnapshot(create), .. }) => create.background,
+            _ => false,
+        };
+        let response = self.ask(request);
+        match &mut self.jobs.running {
+            Some(running) if response.status == 202 && !background => {
+                running.waiting = Some(ticket);
+                Answer::Later
+            }
+            _ => Answer::Now(response),
+        }
+    }
+
+    /// Captures the machine and begins to write it.
+    pub(super) fn create_snapshot(&mut self, create: CreateSnapshot, phase: Phase) -> Result<Reply, Fault> {
+        create.check()?;
+        self.jobs.let_run()?;
+        let drives = captured(&self.spec, create.drives)?;
+        let invalid = |e: &io::Error| Fault::from_error(FaultKind::Internal, e);
+        let id = snapshot::Id::random().map_err(|e| invalid(&e))?;
+        let live =
+            self.live.as_mut().ok_or_else(|| Fault::new(FaultKind::Conflict, crate::phase::TOO_EARLY))?;
+        let stood_still = Instant::now();
+        let resume = phase == Phase::Running;
+        let fault = |e: crate::vm::VmError| Fault::from_error(e.kind(), &e);
+        if resume {
+            live.vm.pause().map_err(fault)?;
+        }
+        let changed_only = create.snapshot_type == SnapshotType::Diff
+            && (create.mem_file_path.is_some() || self.lineage.is_some());
+        let debugger = live.debugger.as_ref();
+        let mmds = self.mmds.as_ref();
+        let vm = &mut live.vm;
+        let mut capture = || vm.capture(changed_only, mmds);
+        let capture = match debugger {
+            Some(debugger) => debugger.without_breakpoints(capture),
+            None => capture(),
+        };
+        let capture = match capture {
+            Ok(capture) => capture,
+            Err(error) => {
+                if resume {
+                    live.vm.resume().map_err(fault)?;
+                }
+                return Err(fault(error));
+            }
+        };
+        let parent = self.lineage.as_ref().filter(|_| changed_only && create.mem_file_path.is_none());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let subject = Subject {
+            nacelle: env!("CARGO_PKG_VERSION").to_owned(),
+            created: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+            machine: serde_json::to_value(&self.spec).unwrap_or_default(),
+            cpu: Value::Null,
+            note: create.note.clone().map_or(Value::Null, Value::Object),
+            regions: capture.regions.clone(),
+            parent: parent.map(|lineage| Parent {
+                id: lineage.id,
+                index: lineage.index,
+                hint: hint_from(&create.snapshot_path, &lineage.path),
+            }),
+        };
+        self.jobs.last += 1;
+        let job = SnapshotJob {
+            id: self.jobs.last,
+            snapshot_path: create.snapshot_path.clone(),
+            snapshot_type: create.snapshot_type,
+            state: JobState::Running,
+            done_bytes: 0,
+            total_bytes: capture.bytes(),
+            pause_us: 0,
+            error: None,
+        };
+        let progress = Arc::new(Progress::default());
+        progress.total.store(job.total_bytes, Relaxed);
+        let running_from = self.lineage.iter().map(|lineage| lineage.path.clone()).collect();
+        let (sections, parts) = (capture.sections, capture.parts);
+        let work = Work { create, subject, sections, parts, drives, running_from, id };
+        let (watch, handle) = (Arc::clone(&progress), self.mailbox.handle.clone());
+        let spawned = thread::Builder::new().name("snapshot".to_owned()).spawn(move || {
+            let outcome = work.write(&watch);
+            let _ = handle.put(Event::SnapshotEnded(Box::new(outcome)));
+        });
+        let thread = match spawned {
+            Ok(thread) => Some(thread),
+            Err(error) => {
+                live.vm.put_back(&capture.dirty);
+                if resume {
+                    live.vm.resume().map_err(fault)?;
+                }
+                return Err(invalid(&error));
+            }
+        };
+        let dirty = capture.dirty;
+        self.jobs.running =
+            Some(Running { job: job.clone(), progress, thread, waiting: None, stood_still, resume, dirty });
+        Ok(Reply::Begun(job))
+    }
+
+    /// A writer is done, or has given up.
+    pub(super) fn snapshot_ended(&mut self, outcome: Outcome) {
+        let Some(Running { mut job, progress, thread, waiting, stood_still, resume, dirty }) =
+            self.jobs.running.take()
+        else {
+            return;
+        };
+        thread.map(thread::JoinHandle::join);
+        (job.done_bytes, job.total_bytes) = (progress.done.load(Relaxed), progress.total.load(Relaxed));
+        job.state = match &outcome {
+            Ok(_) => JobState::Done,
+            Err(SnapshotError::Cancelled) => JobState::Cancelled,
+            Err(_) => JobState::Failed,
+        };
+        let answer = match outcome {
+            Ok(lineage) => {
+                let tracked = self.live.as_ref().is_some_and(|live| live.vm.tracks_dirty_pages);
+                // What was written since the last directory is recorded nowhere any more if a pair
+                // of files has just taken it.
+                if lineage.is_some() || tracked {
+                    self.lineage = lineage;
+                }
+                Ok(Reply::Done)
+            }
+            Err(error) => {
+                if let Some(live) = &mut self.live {
+                    live.vm.put_back(&dirty);
+                }
+                let fault = Fault::from_error(FaultKind::Internal, &error);
+                job.error = Some(fault.to_string());
+                Err(fault)
+            }
+        };
+        if let (true, Some(live)) = (resume, &self.live)
+            && let Err(error) = live.vm.resume()
+        {
+            log::error!("The machine does not go on after its snapshot: {error}");
+        }
+        job.pause_us = u64::try_from(stood_still.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (kind, path) = match job.state {
+            JobState::Done => ("SnapshotCreated", &job.snapshot_path),
+            _ => ("SnapshotFailed", &job.snapshot_path),
+        };
+        let details = json!({ "job": job.id, "snapshot_path": path, "error": job.error });
+        self.announce(kind, details);
+        if let (Some(ticket), Some(server)) = (waiting, &mut self.server) {
+            server.answer(ticket, &rendered(&answer));
+        }
+        if self.jobs.ended.len() == KEPT {
+            self.jobs.ended.pop_front();
+        }
+        self.jobs.ended.push_back(job);
+    }
+
+    /// What is asked about jobs.
+    pub(super) fn about_jobs(&mut self, request: &Request) -> Result<Reply, Fault> {
+        let shown = |job: SnapshotJob| Reply::Json(serde_json::to_value(job).unwrap_or_default());
+        match request {
+            Request::SnapshotJob(id) => self.jobs.find(*id).map(shown),
+            Request::CancelSnapshot(id) => {
+                self.jobs.find(*id)?;
+                if let Some(running) = self.jobs.running.as_ref().filter(|running| running.job.id == *id) {
+                    running.progress.cancelled.store(true, Relaxed);
+                }
+                Ok(Reply::Done)
+            }
+            _ => {
+                let jobs: Vec<SnapshotJob> = self.jobs.shown().collect();
+                Ok(Reply::Json(serde_json::to_value(jobs).unwrap_or_default()))
+            }
+        }
+    }
+
+    /// The machine ends: a snapshot that is not whole by now will not be.
+    pub(super) fn abandon_snapshot(&mut self) {
+        let Some(mut running) = self.jobs.running.take() else { return };
+        running.progress.cancelled.store(true, Relaxed);
+        let limit = Instant::now() + FAREWELL;
+        let Some(thread) = running.thread.take() else { return };
+        while !thread.is_finished() && Instant::now() < limit {
+            thread::sleep(Duration::from_millis(1));
+        }
+        if let (Some(ticket), Some(server)) = (running.waiting, &mut self.server) {
+            let fault = Fault::new(FaultKind::Conflict, "The machine has ended");
+            let response: Response = rendered(&Err(fault));
+            server.answer(ticket, &response);
+        }
+    }
+}
+
+/// The drives of a machine as they are to belong to its snapshot, open where they are copied.
+fn captured(spec: &Spec, how: DriveCapture) -> Result<Vec<Captured>, Fault> {
+    let capture = match how {
+        DriveCapture::Copy => manifest::Capture::Copy,
+        DriveCapture::Reflink => manifest::Capture::Reflink,
+        DriveCapture::Share => manifest::Capture::Share,
+    };
+    let one = |drive: &api::spec::Drive| {
+        let id = drive.drive_id.clone();
+        let source = drive.path_on_host.display().to_string();
+        if how == DriveCapture::Share {
+            return Ok(Captured { id, source, capture, file: None });
+        }
+        if drive.by_descriptor {
+            let text = format!(
+                "Drive {id:?} came as a descriptor and cannot be copied by its path; take the snapshot with \
+                 drives: share"
+            );
+            return Err(Fault::new(FaultKind::Invalid, text));
+        }
+        let file = File::open(&drive.path_on_host).map_err(|e| Fault {
+            kind: FaultKind::Invalid,
+            message: format!("Drive {id:?} ({source}) cannot be opened to be copied"),
+            causes: vec![e.to_string()],
+        })?;
+        Ok(Captured { id, source, capture, file: Some(file) })
+    };
+    spec.drives.iter().map(one).collect()
+}
+
+impl Work {
+    fn write(self, watch: &Progress) -> Outcome {
+        match self.create.mem_file_path.clone() {
+            Some(memory) => self.write_pair(&memory, watch).map(|()| None),
+            None => self.write_directory(watch).map(Some),
+        }
+    }
+
+    fn write_pair(self, memory: &Path, watch: &Progress) -> Result<(), SnapshotError> {
+        let end = |r: &snapshot::Region| r.offset + r.size;
+        let Subject { nacelle, created, machine, cpu, regions, .. } = self.subject;
+        let size = regions.iter().map(end).max().unwrap_or(0);
+        let mark = arch::layout::GENERATION_ID + 64;
+        let about =
+            snapshot::pair::About { id: self.id, nacelle, created, machine, cpu, size, regions, mark };
+        let onto = self.create.snapshot_type == SnapshotType::Diff;
+        let expected = self.parts.iter().map(|part| part.len).sum();
+        let (state, disk) = (&self.create.snapshot_path, Arc::new(HostDisk));
+        let mut writer = PairWriter::begin(state, memory, about, onto, disk, (watch, expected))?;
+        for part in &self.parts {
+            match &part.from {
+                From::Memory(at) => writer.run(part.offset, bytes(*at, part.len))?,
+                From::File(file) => writer.copy(file, part.offset, part.len)?,
+            }
+        }
+        writer.finish(self.sections).map(|_| ())
+    }
+
+    fn write_directory(self, watch: &Progress) -> Result<Lineage, SnapshotError> {
+        let path = self.create.snapshot_path;
+        let store = self.create.store.as_deref().map(Store::make).transpose()?;
+        let manner = Manner {
+            hash: self.create.hash || store.is_some(),
+            compress: self.create.compression == Compression::Lz4,
+            store: store.as_ref().map(|store| (store, hint_from(&path, store.path()))),
+            expected: self.parts.iter().map(|part| part.len).sum(),
+            watch,
+            ..Manner::default()
+        };
+        let (replace, running_from) = (self.create.replace, self.running_from);
+        let destination = Destination { path: path.clone(), replace, running_from };
+        let mut writer = Writer::begin(destination, self.subject, manner, Some(self.id))?;
+        // Drives come first: what can be shared with their files is shared at once.
+        for Captured { id, source, capture, file } in self.drives {
+            match file {
+                Some(file) => writer.drive(&id, &source, capture, &file)?,
+                None => writer.share(manifest::Drive { id, source, capture, size: 0, file: None }),
+            }
+        }
+        for part in &self.parts {
+            match &part.from {
+                From::Memory(at) => writer.run(part.offset, bytes(*at, part.len))?,
+                From::File(file) => writer.copy(file, part.offset, part.offset, part.len)?,
+            }
+        }
+        self.sections.into_iter().for_each(|section| writer.section(section));
+        let written = writer.finish()?;
+        Ok(Lineage {
+            path: std::fs::canonicalize(&path).unwrap_or(path),
+            id: written.id,
+            index: written.index,
+        })
+    }
+}
+
+/// Guest memory of a machine that stands still.
+fn bytes<'a>(at: usize, len: u64) -> &'a [u8] {
+    // SAFETY: a capture names mapped guest memory only, which stays mapped until the process ends;
+    // and neither vCPUs nor devices write to it as long as the machine is not resumed, which waits
+    // for the writer.
+    unsafe { std::slice::from_raw_parts(at as *const u8, usize::try_from(len).unwrap_or(0)) }
+}

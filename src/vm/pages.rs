@@ -1,0 +1,227 @@
+//! Which pages of guest memory hold something, and which were written.
+//!
+//! ```text
+//!   all of RAM ──┬─ touched   /proc/self/pagemap: there is a page, or one in swap
+//!                ├─ own       the same, and it is this process's: a file that is mapped
+//!                │            privately shows through wherever nothing was written
+//!                └─ dirty     KVM's log (guest) and bitmaps of `Memory` (devices)
+//! ```
+//!
+//! The first two cost nothing while the guest runs and are always true, so a machine that came
+//! from a memory file can be told apart from it at any time without any tracking: its own pages
+//! are those that differ. KVM's log tells more (what was written since the log was read last) and
+//! costs a fault for each page, so it is there where it was asked for.
+//!
+//! Offsets are those of the memory file: RAM region after region, then the pluggable region.
+
+use std::{fs::File, io, os::unix::fs::FileExt};
+
+use devices::Memory;
+use kvm_ioctls::VmFd;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::snapshot::extents::{Gathering, Run};
+
+const PAGE: u64 = 4096;
+
+/// Entries of `/proc/self/pagemap` that are read at a time: 64 KiB, for 32 MiB of memory.
+const ENTRIES: usize = 8192;
+
+/// A piece of guest memory with its place in this process and in the memory file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// First guest address.
+    pub guest: u64,
+    /// First address in this process. Mapped as long as the process lives.
+    pub host: usize,
+    /// Where it begins in the memory file.
+    pub offset: u64,
+    /// Bytes; whole pages.
+    pub len: u64,
+}
+
+impl Piece {
+    /// The part of the piece that `run` of the memory file is.
+    pub fn cut(self, run: Run) -> Option<Piece> {
+        let run = run.within(Run { start: self.offset, end: self.offset + self.len });
+        let skip = run.start.checked_sub(self.offset).filter(|_| !run.is_empty())?;
+        let host = self.host + usize::try_from(skip).ok()?;
+        Some(Piece { guest: self.guest + skip, host, offset: run.start, len: run.len() })
+    }
+}
+
+/// The regions of `memory`, one after the other in the memory file.
+pub fn pieces(memory: &Memory) -> Vec<Piece> {
+    let mut offset = 0;
+    let mut pieces = Vec::new();
+    for region in memory.iter() {
+        // A region of a mapping has an address.
+        let host = region.get_host_address(MemoryRegionAddress(0)).map_or(0, |at| at as usize);
+        let (guest, len) = (region.start_addr().raw_value(), region.len());
+        pieces.push(Piece { guest, host, offset, len });
+        offset += len;
+    }
+    pieces
+}
+
+/// What counts as a page of a piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// Any that there is.
+    Touched,
+    /// Those that no file shows through.
+    Own,
+}
+
+// Bits of an entry (Linux Documentation/admin-guide/mm/pagemap.rst).
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const OF_FILE: u64 = 1 << 61;
+
+impl Which {
+    fn holds(self, entry: u64) -> bool {
+        let there = entry & (PRESENT | SWAPPED) != 0;
+        there && (self == Which::Touched || entry & OF_FILE == 0)
+    }
+}
+
+/// The kernel's list of this process's pages.
+pub struct PageMap(File);
+
+impl PageMap {
+    /// Opens it; fails where `/proc` is not mounted.
+    pub fn open() -> io::Result<PageMap> {
+        File::open("/proc/self/pagemap").map(PageMap)
+    }
+
+    /// Adds the pages of `piece` that are there, as runs of the memory file.
+    pub fn find(&self, piece: Piece, which: Which, found: &mut Gathering) -> io::Result<()> {
+        let mut buffer = vec![0u8; 8 * ENTRIES];
+        let pages = piece.len / PAGE;
+        let first = piece.host as u64 / PAGE;
+        let mut start = None;
+        let mut at = 0;
+        while at < pages {
+            let count = (pages - at).min(ENTRIES as u64);
+            let bytes = buffer.get_mut(..8 * count as usize).unwrap_or_default();
+            self.0.read_exact_at(bytes, 8 * (first + at))?;
+            let (entries, _) = bytes.as_chunks::<8>();
+            for (page, entry) in (at..).zip(entries) {
+                let here = piece.offset + page * PAGE;
+                match (which.holds(u64::from_ne_bytes(*entry)), start) {
+                    (true, None) => start = Some(here),
+                    (false, Some(begun)) => {
+                        found.add(Run { start: begun, end: here });
+                        start = None;
+                    }
+                    _ => {}
+                }
+            }
+            at += count;
+        }
+        if let Some(start) = start {
+            found.add(Run { start, end: piece.offset + piece.len });
+        }
+        Ok(())
+    }
+}
+
+/// Takes what was written to RAM since the last time: KVM's log of slots 0 and on (KVM API section
+/// 4.8), and what devices noted. Both begin anew. What was taken is in `found` also when a later
+/// slot fails.
+pub fn take_dirty(vm: &VmFd, ram: &Memory, found: &mut Gathering) -> Result<(), kvm_ioctls::Error> {
+    for ((slot, region), piece) in (0..).zip(ram.iter()).zip(pieces(ram)) {
+        if let Some(bitmap) = (**region).bitmap() {
+            add_bits(piece, &bitmap.get_and_reset(), found);
+        }
+        let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
+        add_bits(piece, &vm.get_dirty_log(slot, len)?, found);
+    }
+    Ok(())
+}
+
+fn add_bits(piece: Piece, words: &[u64], found: &mut Gathering) {
+    let pages = piece.len / PAGE;
+    for (number, word) in (0u64..).zip(words) {
+        let mut left = *word;
+        while left != 0 {
+            let first = left.trailing_zeros();
+            let count = (left >> first).trailing_ones();
+            let page = number * 64 + u64::from(first);
+            let end = (page + u64::from(count)).min(pages);
+            if page < end {
+                let (start, end) = (piece.offset + page * PAGE, piece.offset + end * PAGE);
+                found.add(Run { start, end });
+            }
+            // Adding to the lowest one of a run of ones carries past its end.
+            left &= left.wrapping_add(1 << first);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use api::spec::MachineConfig;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::vm::memory::{self, Backing};
+
+    fn machine(backing: Backing<'_>) -> Memory {
+        let config = MachineConfig { mem_size_mib: 64, track_dirty_pages: true, ..MachineConfig::default() };
+        memory::map(&config, backing).unwrap()
+    }
+
+    fn found(memory: &Memory, which: Which) -> Vec<Run> {
+        let (map, mut found) = (PageMap::open().unwrap(), Gathering::default());
+        pieces(memory).into_iter().for_each(|piece| map.find(piece, which, &mut found).unwrap());
+        found.finish().runs().to_vec()
+    }
+
+    fn run(first: u64, end: u64) -> Run {
+        Run { start: first * PAGE, end: end * PAGE }
+    }
+
+    #[test]
+    fn what_was_touched_is_found_and_nothing_else() {
+        let memory = machine(Backing::Empty);
+        for page in [0, 1, 2, 700, 9000, 16383] {
+            memory.write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
+        }
+        let expected = [run(0, 3), run(700, 701), run(9000, 9001), run(16383, 16384)];
+        assert_eq!(found(&memory, Which::Touched), expected);
+        assert_eq!(found(&memory, Which::Own), expected);
+    }
+
+    #[test]
+    fn what_a_file_shows_is_touched_and_not_own() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(&[7; 4 * PAGE as usize], 40 * PAGE).unwrap();
+        let memory = machine(Backing::File(&file));
+        let _: u8 = memory.read_obj(GuestAddress(41 * PAGE)).unwrap();
+        memory.write_obj(9u8, GuestAddress(43 * PAGE)).unwrap();
+        memory.write_obj(9u8, GuestAddress(5000 * PAGE)).unwrap();
+        assert_eq!(found(&memory, Which::Own), [run(43, 44), run(5000, 5001)]);
+        // The kernel maps neighbours that are in its cache along with a page that is read.
+        assert!(found(&memory, Which::Touched).iter().any(|r| r.start <= 41 * PAGE && r.end > 41 * PAGE));
+    }
+
+    #[test]
+    fn bits_become_runs_and_none_leads_beyond_the_end() {
+        let piece = Piece { guest: 0, host: 0, offset: 100 * PAGE, len: 130 * PAGE };
+        let mut found = Gathering::default();
+        add_bits(piece, &[0b1011, 1 << 63, u64::MAX, u64::MAX], &mut found);
+        assert_eq!(found.finish().runs(), [run(100, 102), run(103, 104), run(227, 230)]);
+    }
+
+    #[test]
+    fn a_piece_is_cut_to_a_run() {
+        let piece = Piece { guest: 1 << 32, host: 0x10000, offset: 8 * PAGE, len: 4 * PAGE };
+        let cut = piece.cut(run(9, 100)).unwrap();
+        assert_eq!((cut.guest, cut.host), ((1 << 32) + PAGE, 0x10000 + PAGE as usize));
+        assert_eq!((cut.offset, cut.len), (9 * PAGE, 3 * PAGE));
+        assert_eq!(piece.cut(run(12, 13)), None);
+        assert_eq!(piece.cut(run(0, 8)), None);
+    }
+}
