@@ -7,7 +7,6 @@ use serde_json::Value;
 
 use super::{
     failure::{Failure, Outcome},
-    keeper::Plan,
     remote::{Host, Tunnel},
     state::State,
 };
@@ -30,8 +29,7 @@ impl Door {
         let Some(host) = host else {
             let machine = State::open()?.find(word)?;
             let agent = machine.agent()?;
-            let text = std::fs::read(machine.file("plan.json")).unwrap_or_default();
-            let main = serde_json::from_slice::<Plan>(&text).map(|plan| plan.process).unwrap_or_default();
+            let main = machine.plan().map(|plan| plan.process).unwrap_or_default();
             return Ok(Door { agent, env: machine.record.env, main, _tunnel: None });
         };
         let seen = host.inspect(word)?;

@@ -77,6 +77,12 @@ pub fn stop(machine: &mut Machine, grace: Duration) -> Outcome<()> {
     if is_over(machine) {
         return Ok(());
     }
+    if machine.record.status() == Status::Suspended {
+        let name = &machine.record.name;
+        return Err(Failure::new(format!(
+            "Machine {name} is suspended; 'nacelle resume {name}' lets it go on, 'nacelle rm {name}' removes it"
+        )));
+    }
     if machine.record.status() == Status::Created {
         // There is no command to ask yet, but the keeper listens.
         let keeper = machine.record.keeper.as_ref();

@@ -53,6 +53,7 @@ struct Standing<'a> {
     reason: Option<&'a str>,
     started: Option<String>,
     finished: Option<String>,
+    suspended: Option<String>,
     monitor: Option<ProcessName>,
     keeper: Option<ProcessName>,
 }
@@ -84,6 +85,8 @@ struct Paths {
     output_log: PathBuf,
     monitor_log: PathBuf,
     writable_layer: Option<PathBuf>,
+    /// What a suspended machine goes on from.
+    suspended: Option<PathBuf>,
 }
 
 /// Prints them. What can be found is printed, even when something cannot.
@@ -127,6 +130,7 @@ fn inspect(machine: &Machine) -> Inspection<'_> {
             reason: end.and_then(|e| e.reason.as_deref()),
             started: record.started.map(time),
             finished: end.map(|e| time(e.at)),
+            suspended: record.suspended.filter(|_| status == Status::Suspended).map(time),
             monitor: record.monitor.filter(|_| running),
             keeper: record.keeper.filter(|_| running),
         },
@@ -172,6 +176,7 @@ fn paths(machine: &Machine) -> Paths {
         output_log: machine.file("output.log"),
         monitor_log: machine.file("monitor.log"),
         writable_layer: Some(machine.file("upper.img")).filter(|p| p.exists()),
+        suspended: Some(machine.suspended()).filter(|p| p.exists()),
     }
 }
 

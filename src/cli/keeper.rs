@@ -18,6 +18,13 @@
 //! of its own, which `run` starts and leaves. In both cases the monitor dies with its keeper
 //! (it asks the kernel to see to that), so a keeper that was killed leaves no machine nobody
 //! answers for.
+//!
+//! A machine that is suspended loses its keeper and its monitor and keeps its directory; one that
+//! goes on gets new ones ([`revive`]), which take up the streams and the wait where they were.
+
+pub(super) mod carriage;
+pub mod revive;
+pub mod steward;
 
 use std::{
     fs::File,
@@ -26,6 +33,7 @@ use std::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::process::CommandExt,
     },
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
     thread,
@@ -33,28 +41,33 @@ use std::{
 };
 
 use api::Spec;
+use carriage::Carriage;
 use guest::{
     client::{Agent, ReadyListener},
-    protocol::{Exit, ExitStatus, MAIN, ProcessSpec, Setup, Stream},
+    protocol::{Exit, ExitStatus, MAIN, ProcessSpec, Setup},
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
     failure::{EXIT_OURS, Failure, Outcome, doing},
-    log::{self, Writer},
     state::{End, Machine, ProcessName, now},
-    streams::{self, FORWARDED, Forwarder},
+    streams::{FORWARDED, Forwarder},
     terminal,
 };
-use crate::signals::{self, Signals};
+use crate::{
+    signals::{self, Signals},
+    snapshot::draft,
+};
+use revive::Revival;
+use steward::Steward;
 
 /// How long a machine may take from its start until its agent answers, unless
 /// `NACELLE_START_TIMEOUT` (seconds) says otherwise.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// The id of the disk that is the container's image.
+pub const IMAGE: &str = "root";
 /// The id of the disk that holds what the container writes to its root.
 pub const WRITABLE_LAYER: &str = "upper";
-/// How long the last output may take to arrive after the command ended.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a machine may take to switch itself off.
 const OFF_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -78,21 +91,62 @@ pub enum Attached {
     No,
 }
 
-/// Keeps `machine` from its start to its end. `started` is called once its command runs.
-/// Returns the exit code; an error means that the command did not run, or that nobody knows
-/// how it ended.
+/// Exit code of a foreground run whose machine was suspended: 128 and `SIGTSTP`, as a shell shows
+/// a command that was stopped.
+const EXIT_SUSPENDED: u8 = 148;
+
+/// How a keeper's time with a machine is over.
+pub(super) enum Ended<T> {
+    /// The machine has ended.
+    Over(T),
+    /// It is in a snapshot and goes on from there.
+    Suspended,
+}
+
+/// Keeps `machine` from its start, or from where a snapshot left it, to its end. `started` is
+/// called once its command runs. Returns the exit code; an error means that the command did not
+/// run, or that nobody knows how it ended.
 pub fn keep(
     machine: &mut Machine,
     plan: Plan,
+    revival: Option<Revival>,
     attached: Attached,
     started: impl FnOnce(&Machine),
 ) -> Outcome<u8> {
-    machine.record.keeper = ProcessName::of(std::process::id() as i32);
-    machine.save()?;
     let signals = doing(Signals::block(&FORWARDED).map(Arc::new), || "Signals cannot be set up".to_owned())?;
-    let outcome = run(machine, plan, attached, &signals, started).map(|exit| end_of(&exit));
+    let (process, keeps) = (plan.process.clone(), !machine.record.ephemeral || writes_own_disks(&plan.spec));
+    let begun = match revival {
+        None => {
+            machine.record.keeper = ProcessName::of(std::process::id() as i32);
+            machine.save()?;
+            boot(machine, plan, &signals)
+        }
+        // What does not come up stays in its snapshot.
+        Some(revival) => {
+            let monitor = revival.load(machine, &signals)?;
+            revival.reach(machine, monitor, &signals)
+        }
+    };
+    let attend =
+        |(monitor, agent)| attend(machine, &process, attached, &signals, (monitor, agent, keeps), started);
+    let outcome = begun.and_then(attend);
     terminal::restore();
-    conclude(machine, outcome)
+    match outcome {
+        Ok(Ended::Suspended) => lay_down(machine, attached),
+        Ok(Ended::Over(exit)) => conclude(machine, Ok(end_of(&exit))),
+        Err(failure) => conclude(machine, Err(failure)),
+    }
+}
+
+/// Leaves a suspended machine to its snapshot.
+pub(super) fn lay_down(machine: &mut Machine, attached: Attached) -> Outcome<u8> {
+    (machine.record.monitor, machine.record.keeper) = (None, None);
+    machine.save()?;
+    if attached == Attached::Yes {
+        let name = &machine.record.name;
+        eprintln!("nacelle: Machine {name} was suspended; 'nacelle resume {name}' lets it go on");
+    }
+    Ok(EXIT_SUSPENDED)
 }
 
 /// Writes down how a machine ended and tells those who wait. Returns its exit code, or what
@@ -109,6 +163,9 @@ pub(super) fn conclude(machine: &mut Machine, outcome: Outcome<End>) -> Outcome<
         machine.remove()?;
     } else {
         machine.save()?;
+        // It may have ended while it was being suspended.
+        let _ = std::fs::remove_dir_all(machine.suspended());
+        draft::sweep_beside(&machine.suspended());
     }
     outcome.map(|_| code)
 }
@@ -126,20 +183,14 @@ fn end_of(exit: &Exit) -> End {
     End { exit_code, reason, at: now() }
 }
 
-fn run(
-    machine: &mut Machine,
-    mut plan: Plan,
-    attached: Attached,
-    signals: &Arc<Signals>,
-    started: impl FnOnce(&Machine),
-) -> Outcome<Exit> {
-    let door = machine.vsock();
-    let ready = ReadyListener::bind(&door)?;
+/// Starts the monitor, waits for the agent and has it start the command.
+fn boot(machine: &mut Machine, mut plan: Plan, signals: &Signals) -> Outcome<(Monitor, Agent)> {
+    let ready = ReadyListener::bind(&machine.vsock())?;
     let config = machine.file("config.json");
     let text = serde_json::to_vec_pretty(&plan.spec).unwrap_or_default();
     doing(std::fs::write(&config, text), || format!("{} cannot be written", config.display()))?;
     // Whoever asks the monitor does so later; until then the socket would only delay the boot.
-    let mut monitor = Monitor::start(machine, &["--api-after-start"])?;
+    let mut monitor = Monitor::start(machine, Some(config), &["--api-after-start"])?;
     machine.record.monitor = ProcessName::of(monitor.child.id() as i32);
     machine.save()?;
     let limit = start_timeout();
@@ -149,19 +200,45 @@ fn run(
     plan.setup.unix_ns = Some(unix_nanos());
     plan.setup.entropy = entropy();
     agent.setup(plan.setup)?;
-    agent.start(plan.process.clone())?;
+    agent.start(plan.process)?;
     machine.record.started = Some(now());
     machine.save()?;
+    Ok((monitor, agent))
+}
 
-    let output =
-        doing(Writer::open(&machine.file("output.log")), || "The output log cannot be opened".to_owned())?;
-    let streams = Streams::begin(machine, &plan.process, attached, output)?;
+/// Carries the streams of a command that runs until its end, or until it is suspended.
+fn attend(
+    machine: &Machine,
+    process: &ProcessSpec,
+    attached: Attached,
+    signals: &Arc<Signals>,
+    (mut monitor, mut agent, keeps): (Monitor, Agent, bool),
+    started: impl FnOnce(&Machine),
+) -> Outcome<Ended<Exit>> {
+    let carriage = Arc::new(Mutex::new(Some(Carriage::begin(machine, process, attached)?)));
+    let steward = Steward::start(machine, Some(Arc::clone(&carriage)))?;
     started(machine);
-    let exit = wait(&mut agent, &mut monitor, machine, &plan.process, signals)?;
-    streams.finish();
-    let keeps = !machine.record.ephemeral || writes_own_disks(&plan.spec);
-    monitor.end(&mut agent, keeps);
-    Ok(exit)
+    let waited = wait(&mut agent, &mut monitor, machine, process, signals);
+    if waited.is_ok() {
+        // Before the monitor is told to end, so that what is said last is read.
+        finish(&carriage);
+        monitor.end(&mut agent, keeps);
+    }
+    // Whoever is being served hears of the end; nobody takes a snapshot of it any more.
+    drop(monitor);
+    drop(steward);
+    finish(&carriage);
+    match waited {
+        Err(_) if machine.suspended().exists() => Ok(Ended::Suspended),
+        waited => waited.map(Ended::Over),
+    }
+}
+
+/// Reads the streams to their end, unless somebody did.
+fn finish(carriage: &Mutex<Option<Carriage>>) {
+    if let Some(carriage) = carriage.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        carriage.finish();
+    }
 }
 
 /// Whether disks of the user's, which outlive the machine, may have been written.
@@ -190,22 +267,23 @@ fn wait(
 pub(super) struct Monitor {
     pub(super) child: Child,
     pub(super) pidfd: OwnedFd,
-    log: std::path::PathBuf,
-    console: std::path::PathBuf,
+    log: PathBuf,
+    console: PathBuf,
 }
 
 impl Monitor {
-    /// Starts it with the machine's `config.json`, if there is one, and its API socket.
-    pub(super) fn start(machine: &Machine, flags: &[&str]) -> Outcome<Monitor> {
+    /// Starts it with the machine's API socket and, if there is one, a configuration.
+    pub(super) fn start(machine: &Machine, config: Option<PathBuf>, flags: &[&str]) -> Outcome<Monitor> {
         let path = machine.file("monitor.log");
-        let log = doing(File::create(&path), || format!("{} cannot be made", path.display()))?;
+        // One that goes on from a snapshot has a log already.
+        let log = File::options().append(true).create(true).open(&path);
+        let log = doing(log, || format!("{} cannot be made", path.display()))?;
         let second = doing(log.try_clone(), || format!("{} cannot be opened", path.display()))?;
         let keeper = std::process::id() as i32;
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = Command::new(OWN);
         command.arg("vmm").arg("--api-sock").arg(machine.api()).args(flags);
-        let config = machine.file("config.json");
-        if config.exists() {
-            command.arg("--config-file").arg(&config);
+        if let Some(config) = config.filter(|config| config.exists()) {
+            command.arg("--config-file").arg(config);
         }
         command.args(["--id", machine.record.short_id(), "--level", "Info"]);
         command.stdin(Stdio::null()).stdout(log).stderr(second);
@@ -301,76 +379,6 @@ impl Drop for Monitor {
     }
 }
 
-/// The threads that carry the container's streams.
-struct Streams(Vec<thread::JoinHandle<()>>);
-
-impl Streams {
-    fn begin(
-        machine: &Machine,
-        process: &ProcessSpec,
-        attached: Attached,
-        output: Writer,
-    ) -> Outcome<Streams> {
-        let door = guest::client::Machine::new(machine.vsock());
-        let output = Arc::new(Mutex::new(output));
-        let mut threads = Vec::new();
-        let own = |fd| (attached == Attached::Yes).then_some(fd);
-        let stdout = door.stream(MAIN, Stream::Stdout)?;
-        threads.push(carry_out(stdout, own(1), log::Stream::Out, Arc::clone(&output)));
-        if process.terminal.is_none() {
-            let stderr = door.stream(MAIN, Stream::Stderr)?;
-            threads.push(carry_out(stderr, own(2), log::Stream::Err, output));
-        }
-        if attached == Attached::Yes && (process.stdin || process.terminal.is_some()) {
-            let stdin = door.stream(MAIN, Stream::Stdin)?;
-            if process.terminal.is_some() {
-                terminal::make_raw(0);
-            }
-            streams::carry_in(stdin)?;
-        }
-        Ok(Streams(threads))
-    }
-
-    /// Waits until everything that was printed has arrived.
-    fn finish(self) {
-        let until = Instant::now() + DRAIN_TIMEOUT;
-        for thread in self.0 {
-            while !thread.is_finished() && Instant::now() < until {
-                thread::sleep(Duration::from_millis(1));
-            }
-        }
-    }
-}
-
-fn carry_out(
-    mut from: std::os::unix::net::UnixStream,
-    to: Option<i32>,
-    stream: log::Stream,
-    log: Arc<Mutex<Writer>>,
-) -> thread::JoinHandle<()> {
-    thread::spawn(move || {
-        // SAFETY: standard output and error are open for the life of the process; the file is
-        // never dropped, so they are not closed here.
-        let mut own = to.map(|fd| std::mem::ManuallyDrop::new(unsafe { File::from_raw_fd(fd) }));
-        let mut buffer = vec![0; log::ENTRY_MAX];
-        loop {
-            let got = match from.read(&mut buffer) {
-                Ok(0) => return,
-                Ok(got) => got,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return,
-            };
-            let bytes = buffer.get(..got).unwrap_or_default();
-            if own.as_mut().is_some_and(|file| file.write_all(bytes).is_err()) {
-                // Whoever read it is gone; the log goes on, and so does the container.
-                own = None;
-            }
-            // A log that cannot be written must not stop the container.
-            let _ = log.lock().unwrap_or_else(PoisonError::into_inner).add(stream, bytes);
-        }
-    })
-}
-
 /// Whether one of `fds` becomes readable (or closed) within `limit`.
 pub(super) fn readable(fds: &[i32], limit: Duration) -> bool {
     let watch = |fd: &i32| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 };
@@ -397,7 +405,7 @@ fn entropy() -> Vec<u8> {
 }
 
 /// The last lines of a text file, without control characters; empty when it cannot be read.
-pub(super) fn last_lines(path: &std::path::Path, count: usize) -> Vec<String> {
+pub(super) fn last_lines(path: &Path, count: usize) -> Vec<String> {
     use std::io::{Seek, SeekFrom};
     let mut text = Vec::new();
     let read = File::open(path).and_then(|mut file| {
@@ -414,9 +422,13 @@ pub(super) fn last_lines(path: &std::path::Path, count: usize) -> Vec<String> {
     lines.get(lines.len().saturating_sub(count)..).unwrap_or_default().to_vec()
 }
 
-/// Starts a keeper of its own for `machine` and waits until the command runs or failed.
-pub fn start_detached(machine: &Machine) -> Outcome<()> {
-    let mut command = Command::new("/proc/self/exe");
+/// This program.
+pub const OWN: &str = "/proc/self/exe";
+
+/// Starts a keeper of its own for `machine`, by a program that can be one, and waits until the
+/// command runs or failed.
+pub fn start_detached(program: &Path, machine: &Machine) -> Outcome<()> {
+    let mut command = Command::new(program);
     command.arg("keep").arg(&machine.record.id).stdin(Stdio::null()).stdout(Stdio::piped());
     command.stderr(Stdio::null());
     let prepare = || {

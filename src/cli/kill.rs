@@ -45,7 +45,7 @@ pub fn send(machine: &mut Machine, number: i32) -> Outcome<()> {
         (Status::Running | Status::Created, libc::SIGKILL) => ending::kill(machine),
         (Status::Running, number) => ending::signal(machine, number),
         (status, _) => {
-            let (name, status) = (&machine.record.name, format!("{status:?}").to_lowercase());
+            let (name, status) = (&machine.record.name, status.word());
             Err(Failure::new(format!("Machine {name} is {status}; there is nothing to send a signal to")))
         }
     }

@@ -41,6 +41,8 @@ pub struct Row {
     created: String,
     started: Option<String>,
     finished: Option<String>,
+    #[serde(default)]
+    suspended: Option<String>,
     status: Status,
     exit_code: Option<u8>,
     reason: Option<String>,
@@ -73,7 +75,7 @@ pub fn rows(state: &State, all: bool) -> Outcome<Vec<Row>> {
         row(&machine.record, status)
     };
     let rows: Vec<Row> = state.machines()?.into_iter().map(seen).collect();
-    let shown = |row: &Row| all || matches!(row.status, Status::Running | Status::Created);
+    let shown = |row: &Row| all || !matches!(row.status, Status::Exited | Status::Dead);
     Ok(rows.into_iter().filter(shown).collect())
 }
 
@@ -99,6 +101,7 @@ fn row(record: &Record, status: Status) -> Row {
         created: time(record.created),
         started: record.started.map(time),
         finished: end.map(|e| time(e.at)),
+        suspended: record.suspended.filter(|_| status == Status::Suspended).map(time),
         status,
         exit_code: end.map(|e| e.exit_code),
         reason: end.and_then(|e| e.reason.clone()),
@@ -147,6 +150,7 @@ fn status(row: &Row) -> String {
             let up = super::state::now().saturating_sub(since(&row.started));
             format!("Up {}", when::in_words(up))
         }
+        (Status::Suspended, _) => format!("Suspended {}", when::ago(since(&row.suspended))),
         (Status::Exited, Some(code)) => format!("Exited ({code}) {}", when::ago(since(&row.finished))),
         (Status::Exited, None) => "Exited".to_owned(),
         (Status::Created, _) => "Starting".to_owned(),

@@ -277,7 +277,8 @@ impl<'a> Following<'a> {
         let mut machine = self.machine.clone();
         // One that was removed has ended.
         let there = self.wanted && machine.reload().is_ok();
-        there && matches!(machine.record.status(), Status::Running | Status::Created)
+        // A suspended one will say more once it goes on.
+        there && !matches!(machine.record.status(), Status::Exited | Status::Dead)
     }
 }
 

@@ -9,9 +9,11 @@ pub mod cp;
 pub mod cpu;
 pub mod doctor;
 pub mod door;
+pub mod drives;
 pub mod ending;
 pub mod exec;
 pub mod failure;
+pub mod fork;
 pub mod images;
 pub mod inspect;
 pub mod keeper;
@@ -22,17 +24,22 @@ pub mod log;
 pub mod logs;
 pub mod order;
 pub mod output;
+pub mod overrides;
 pub mod plain;
 pub mod progress;
 pub mod remote;
+pub mod restore;
+pub mod resume;
 pub mod rm;
 pub mod run;
+pub mod scaffold;
 pub mod serve;
 pub mod snapshot;
 pub mod state;
 pub mod stats;
 pub mod stop;
 pub mod streams;
+pub mod suspend;
 pub mod terminal;
 pub mod values;
 pub mod vmm;
@@ -80,6 +87,12 @@ enum Command {
     Wait(wait::Args),
     Inspect(inspect::Args),
     Stats(stats::Args),
+    Pause(resume::PauseArgs),
+    Suspend(suspend::Args),
+    Resume(resume::Args),
+    Restore(restore::Args),
+    #[command(visible_alias = "clone")]
+    Fork(fork::Args),
     Images(images::Args),
     Snapshot(snapshot::Args),
     Cpu(cpu::Args),
@@ -137,7 +150,6 @@ fn dispatch(Nacelle { host, tlsdir, command }: Nacelle) -> Outcome<u8> {
     match &command {
         Command::Serve(_) | Command::Certs(_) => return serve::become_service(),
         Command::Doctor(args) => return doctor::run(args),
-        Command::Snapshot(args) => return snapshot::run(args),
         Command::Cpu(args) => return cpu::run(args),
         Command::Completion(args) => return completion::run(args),
         Command::Launch => return run::launch(),
@@ -150,9 +162,18 @@ fn dispatch(Nacelle { host, tlsdir, command }: Nacelle) -> Outcome<u8> {
         (Command::Run(args), None) => run::run(&args),
         (Command::Run(args), Some(host)) => remote::run(&args, host),
         (Command::Images(args), None) => images::run(&args),
-        (Command::Images(_), Some(_)) => Err(Failure::new(
-            "Images are seen on their own host only; leave --host and NACELLE_HOST out, or ask there",
-        )),
+        (Command::Snapshot(args), None) => snapshot::run(&args),
+        (Command::Restore(args), None) => restore::run(&args),
+        (Command::Fork(args), None) => fork::run(&args),
+        (Command::Images(_) | Command::Snapshot(_) | Command::Restore(_) | Command::Fork(_), Some(_)) => {
+            Err(Failure::new(
+                "Images and snapshots are seen on their own host only; leave --host and NACELLE_HOST out, or ask \
+                 there",
+            ))
+        }
+        (Command::Pause(args), host) => resume::pause(&args, host),
+        (Command::Suspend(args), host) => suspend::run(&args, host),
+        (Command::Resume(args), host) => resume::run(&args, host),
         (Command::Exec(args), host) => exec::run(&args, host),
         (Command::Ls(args), host) => list::run(&args, host),
         (Command::Logs(args), host) => logs::run(&args, host),

@@ -199,7 +199,7 @@ impl Order {
             None => self.make(Console::default(), progress, &mut |_| {})?.0,
         };
         // A machine that never ran its command is of no use to anybody.
-        keeper::start_detached(&machine).inspect_err(|_| drop(machine.remove()))?;
+        keeper::start_detached(Path::new(keeper::OWN), &machine).inspect_err(|_| drop(machine.remove()))?;
         // One that is removed at its end may be gone by now; then it is shown as it was made.
         let mut machine = machine;
         let _ = machine.reload();
@@ -208,25 +208,12 @@ impl Order {
 
     fn make_plain(&self, spec: &Spec) -> Outcome<Machine> {
         let config = &spec.machine_config;
+        let kernel = spec.boot_source.kernel_image_path.clone();
         let record = Record {
             id: state::fresh_id()?,
             name: self.name.clone().unwrap_or_default(),
-            image: String::new(),
-            image_key: String::new(),
-            command: Vec::new(),
-            env: Vec::new(),
-            cpus: config.vcpu_count,
-            memory_mib: config.mem_size_mib,
-            kernel: spec.boot_source.kernel_image_path.clone(),
-            terminal: false,
             ephemeral: self.remove_at_end,
-            plain: true,
-            stop_signal: libc::SIGTERM,
-            created: state::now(),
-            started: None,
-            monitor: None,
-            keeper: None,
-            end: None,
+            ..Record::plain(config.vcpu_count, config.mem_size_mib, kernel)
         };
         let machine = State::open()?.create(record)?;
         if *spec == Spec::default() {
@@ -331,6 +318,7 @@ impl Order {
             monitor: None,
             keeper: None,
             end: None,
+            suspended: None,
         })
     }
 
@@ -344,8 +332,11 @@ impl Order {
         process: ProcessSpec,
     ) -> Outcome<Plan> {
         let record = &machine.record;
-        let mut drives =
-            vec![Drive { is_read_only: true, io_engine: IoEngine::Async, ..drive("root", &image.root) }];
+        let mut drives = vec![Drive {
+            is_read_only: true,
+            io_engine: IoEngine::Async,
+            ..drive(keeper::IMAGE, &image.root)
+        }];
         let writable = if self.read_only {
             Writable::Memory { size: 0 }
         } else {
@@ -353,8 +344,12 @@ impl Order {
             sandbox::writable::create(&path, self.storage_mib << 20)?;
             // What is thrown away at the end need not survive a crash of the host.
             let cache_type = if record.ephemeral { CacheType::Unsafe } else { CacheType::Writeback };
-            let upper =
-                Drive { cache_type, discard: true, io_engine: IoEngine::Async, ..drive("upper", &path) };
+            let upper = Drive {
+                cache_type,
+                discard: true,
+                io_engine: IoEngine::Async,
+                ..drive(keeper::WRITABLE_LAYER, &path)
+            };
             drives.push(upper);
             Writable::Disk { serial: "upper".to_owned() }
         };

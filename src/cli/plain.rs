@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::{
     failure::{Failure, Outcome, doing},
-    keeper::{self, Monitor},
+    keeper::{self, Attached, Monitor, revive::Revival, steward::Steward},
     state::{End, Machine, ProcessName, now},
 };
 use crate::signals::{self, Signals};
@@ -25,23 +25,41 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a monitor that was told to end may take.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Keeps `machine` from its start to its end. `started` is called once its API answers.
-/// Returns the monitor's exit code; an error means that it did not start.
-pub fn keep(machine: &mut Machine, started: &dyn Fn()) -> Outcome<u8> {
-    machine.record.keeper = ProcessName::of(std::process::id() as i32);
-    machine.save()?;
+/// Keeps `machine` from its start, or from where a snapshot left it, to its end. `started` is
+/// called once its API answers. Returns the monitor's exit code; an error means that it did not
+/// start.
+pub fn keep(machine: &mut Machine, revival: Option<Revival>, started: &dyn Fn()) -> Outcome<u8> {
     let signals = doing(Signals::block(&signals::ENDING), || "Signals cannot be set up".to_owned())?;
-    let outcome = run(machine, &signals, started).map(end_of);
-    keeper::conclude(machine, outcome)
+    let begun = match revival {
+        Some(revival) => Ok(revival.load(machine, &signals)?),
+        None => begin(machine, &signals),
+    };
+    let outcome = begun.and_then(|monitor| attend(machine, monitor, &signals, started));
+    match outcome {
+        Ok(_) if machine.suspended().exists() => keeper::lay_down(machine, Attached::No),
+        outcome => keeper::conclude(machine, outcome.map(end_of)),
+    }
 }
 
-fn run(machine: &mut Machine, signals: &Signals, started: &dyn Fn()) -> Outcome<ExitStatus> {
-    let mut monitor = Monitor::start(machine, &[])?;
+fn begin(machine: &mut Machine, signals: &Signals) -> Outcome<Monitor> {
+    machine.record.keeper = ProcessName::of(std::process::id() as i32);
+    machine.save()?;
+    let mut monitor = Monitor::start(machine, Some(machine.file("config.json")), &[])?;
     machine.record.monitor = ProcessName::of(monitor.child.id() as i32);
     machine.save()?;
     wait_for_api(machine, &mut monitor, signals)?;
     machine.record.started = Some(now());
     machine.save()?;
+    Ok(monitor)
+}
+
+fn attend(
+    machine: &Machine,
+    mut monitor: Monitor,
+    signals: &Signals,
+    started: &dyn Fn(),
+) -> Outcome<ExitStatus> {
+    let _steward = Steward::start(machine, None)?;
     started();
     let pidfd = monitor.pidfd.as_raw_fd();
     let mut patience = Duration::MAX;
@@ -60,7 +78,8 @@ fn run(machine: &mut Machine, signals: &Signals, started: &dyn Fn()) -> Outcome<
     }
 }
 
-fn wait_for_api(machine: &Machine, monitor: &mut Monitor, signals: &Signals) -> Outcome<()> {
+/// Waits until the monitor answers on its API socket.
+pub(super) fn wait_for_api(machine: &Machine, monitor: &mut Monitor, signals: &Signals) -> Outcome<()> {
     let limit = keeper::start_timeout();
     let until = Instant::now() + limit;
     let watched = [monitor.pidfd.as_raw_fd(), signals.as_raw_fd()];

@@ -110,6 +110,21 @@ impl Host {
         Ok(self.patient().post(&path(word, "/kill")?, Some(&body))?)
     }
 
+    /// Suspends a machine.
+    pub fn suspend(&self, word: &str) -> Outcome<()> {
+        Ok(self.patient().post(&path(word, "/suspend")?, None::<&()>)?)
+    }
+
+    /// Lets a paused or suspended machine go on.
+    pub fn resume(&self, word: &str) -> Outcome<()> {
+        Ok(self.patient().post(&path(word, "/resume")?, None::<&()>)?)
+    }
+
+    /// Pauses a machine, or lets a paused one go on: its own `PATCH /vm`.
+    pub fn set(&self, word: &str, state: &str) -> Outcome<()> {
+        Ok(self.client().patch(&path(word, "/vm")?, Some(&json!({ "state": state })))?)
+    }
+
     /// Removes a machine.
     pub fn remove(&self, word: &str, force: bool) -> Outcome<()> {
         let query = if force { "?force=true" } else { "" };

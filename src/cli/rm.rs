@@ -39,7 +39,7 @@ pub fn run(args: &Args, host: Option<&Host>) -> Outcome<u8> {
 pub fn remove(state: &State, machine: &mut Machine, force: bool) -> Outcome<()> {
     let name = machine.record.name.clone();
     match machine.record.status() {
-        Status::Exited | Status::Dead => {}
+        Status::Exited | Status::Dead | Status::Suspended => {}
         // What it wrote is thrown away, so it need not end in order.
         _ if force => ending::cut_off(machine)?,
         _ => {

@@ -1,6 +1,10 @@
 //! `nacelle run`: a container image in a machine of its own.
 
-use std::{io::Read, path::PathBuf, time::Instant};
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use clap::Args as ClapArgs;
 use guest::protocol::Size;
@@ -9,7 +13,7 @@ use super::{
     doctor,
     failure::{Failure, Outcome, doing},
     inspect,
-    keeper::{self, Attached},
+    keeper::{self, Attached, revive::Revival},
     order::{Console, Order, Pull},
     output, plain,
     progress::Reporter,
@@ -128,7 +132,7 @@ pub fn run(args: &Args) -> Outcome<u8> {
         return detach(&machine);
     }
     let mut running = |_: &Machine| steps.done("command started");
-    let outcome = keeper::keep(&mut machine, plan, Attached::Yes, &mut running);
+    let outcome = keeper::keep(&mut machine, plan, None, Attached::Yes, &mut running);
     steps.done("command ended");
     outcome
 }
@@ -155,18 +159,18 @@ pub fn keep(id: &str) -> u8 {
     let found = State::open().and_then(|state| state.find(id));
     keeper::main(|started| {
         let mut machine = found?;
+        let revival = Revival::of(&mut machine)?;
         if machine.record.plain {
-            return plain::keep(&mut machine, started);
+            return plain::keep(&mut machine, revival, started);
         }
-        let text = std::fs::read(machine.file("plan.json"));
-        let text = doing(text, || "The plan cannot be read".to_owned())?;
-        let plan = serde_json::from_slice(&text).map_err(|e| Failure::because("The plan is damaged", &e))?;
-        keeper::keep(&mut machine, plan, Attached::No, |_| started())
+        let plan = machine.plan();
+        let plan = plan.ok_or_else(|| Failure::new("The machine's plan is gone or damaged"))?;
+        keeper::keep(&mut machine, plan, revival, Attached::No, |_| started())
     })
 }
 
 fn detach(machine: &Machine) -> Outcome<u8> {
-    match keeper::start_detached(machine) {
+    match keeper::start_detached(Path::new(keeper::OWN), machine) {
         Ok(()) => {
             println!("{}", machine.record.id);
             Ok(0)

@@ -1,6 +1,9 @@
-//! `nacelle snapshot`: directories that hold machines, listed, checked, compared and folded.
+//! `nacelle snapshot`: directories that hold machines, written, listed, checked, compared and
+//! folded.
 //!
-//! All of it works on directories and asks no machine. What takes long shows how far it is on
+//! `nacelle snapshot MACHINE DIR` is short for `nacelle snapshot create MACHINE DIR`; a machine
+//! that is called like one of the other verbs needs the long form. All but `create` works on
+//! directories and asks no machine. What takes long shows how far it is on
 //! standard error and can be interrupted; an interrupted command leaves nothing behind.
 
 use std::path::{Path, PathBuf};
@@ -17,22 +20,25 @@ use crate::snapshot::{
     Chain, Destination, Manifest, Manner, Search, Snapshot, SnapshotError, Store, fold, hint_from, list,
 };
 
-mod watching;
+pub mod create;
+pub mod watching;
 
-use watching::Watching;
+use watching::{EXIT_INTERRUPTED, Watching};
 
-/// Exit code of a command that was interrupted: 128 and `SIGINT`.
-const EXIT_INTERRUPTED: u8 = 130;
-
-/// List, check, compare and fold snapshots
+/// Write, list, check, compare and fold snapshots
 #[derive(Debug, ClapArgs)]
+#[command(args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+#[command(override_usage = "nacelle snapshot [OPTIONS] MACHINE DIR\n       nacelle snapshot COMMAND")]
 pub struct Args {
     #[command(subcommand)]
-    action: Action,
+    action: Option<Action>,
+    #[command(flatten)]
+    create: create::Create,
 }
 
 #[derive(Debug, Subcommand)]
 enum Action {
+    Create(create::Create),
     /// List the snapshots of a directory
     Ls(Ls),
     /// Print everything known of snapshots, as a JSON array
@@ -208,7 +214,9 @@ struct Differing {
 
 /// Does what was asked.
 pub fn run(args: &Args) -> Outcome<u8> {
-    match &args.action {
+    let Some(action) = &args.action else { return create::run(&args.create) };
+    match action {
+        Action::Create(args) => create::run(args),
         Action::Ls(args) => ls(args),
         Action::Inspect(args) => print_inspections(args),
         Action::Verify(args) => verify(args),

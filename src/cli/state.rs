@@ -13,6 +13,9 @@
 //!       exit-code               empty until its end, then one byte
 //!       output.log              what the container printed (see log.rs)
 //!       upper.img               what the container wrote
+//!       keeper.sock             the door to its keeper
+//!       suspended/              a snapshot; while it is there, the machine goes on from it
+//!     making/                   what commands that make machines of snapshots have put up
 //! ```
 //!
 //! A directory is named by the first twelve digits of the id, because a socket's path is at most
@@ -35,8 +38,13 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::failure::{Failure, Outcome, doing};
+use super::{
+    failure::{Failure, Outcome, doing},
+    scaffold,
+};
 
+/// Name of the directory from which a suspended machine goes on.
+const SUSPENDED: &str = "suspended";
 /// Name of the file that [`Ending`] is.
 const ENDING: &str = "exit-code";
 
@@ -135,6 +143,10 @@ pub struct Record {
     pub keeper: Option<ProcessName>,
     /// How it ended.
     pub end: Option<End>,
+    /// Since when there is a snapshot that it goes on from, in seconds since 1970. Not written
+    /// down: the snapshot says it, so that there is one moment at which it becomes true.
+    #[serde(skip)]
+    pub suspended: Option<u64>,
 }
 
 /// Where a machine stands.
@@ -145,13 +157,47 @@ pub enum Status {
     Created,
     /// It runs.
     Running,
+    /// It is in a snapshot, without any process.
+    Suspended,
     /// Its command ended.
     Exited,
     /// Its processes are gone and did not say how it ended.
     Dead,
 }
 
+impl Status {
+    /// Its name, as commands print it.
+    pub fn word(self) -> String {
+        format!("{self:?}").to_lowercase()
+    }
+}
+
 impl Record {
+    /// A machine without a container and without an id, which nobody keeps yet.
+    pub fn plain(cpus: u8, memory_mib: u64, kernel: PathBuf) -> Record {
+        Record {
+            id: String::new(),
+            name: String::new(),
+            image: String::new(),
+            image_key: String::new(),
+            command: Vec::new(),
+            env: Vec::new(),
+            cpus,
+            memory_mib,
+            kernel,
+            terminal: false,
+            ephemeral: false,
+            plain: true,
+            stop_signal: libc::SIGTERM,
+            created: now(),
+            started: None,
+            monitor: None,
+            keeper: None,
+            end: None,
+            suspended: None,
+        }
+    }
+
     /// A machine that nobody keeps yet.
     #[cfg(test)]
     pub fn example(id: &str, name: &str) -> Record {
@@ -159,21 +205,9 @@ impl Record {
             id: id.to_owned(),
             name: name.to_owned(),
             image: "busybox".to_owned(),
-            image_key: String::new(),
             command: vec!["true".to_owned()],
-            env: Vec::new(),
-            cpus: 1,
-            memory_mib: 128,
-            kernel: PathBuf::new(),
-            terminal: false,
-            ephemeral: false,
             plain: false,
-            stop_signal: libc::SIGTERM,
-            created: now(),
-            started: None,
-            monitor: None,
-            keeper: None,
-            end: None,
+            ..Record::plain(1, 128, PathBuf::new())
         }
     }
 
@@ -185,6 +219,7 @@ impl Record {
             // Also while the monitor is gone already: the keeper is about to say how it ended.
             (None, Some(_)) if alive(&self.keeper) => Status::Running,
             (None, None) if alive(&self.keeper) => Status::Created,
+            _ if self.suspended.is_some() => Status::Suspended,
             _ => Status::Dead,
         }
     }
@@ -219,6 +254,11 @@ impl Machine {
         self.file("api.sock")
     }
 
+    /// The plan of its container, as far as it is known.
+    pub fn plan(&self) -> Option<super::keeper::Plan> {
+        serde_json::from_slice(&fs::read(self.file("plan.json")).ok()?).ok()
+    }
+
     /// Its agent, for requests; an error in words when the machine does not run.
     pub fn agent(&self) -> Outcome<guest::client::Machine> {
         match self.record.status() {
@@ -230,8 +270,33 @@ impl Machine {
             status => Err(Failure::new(format!(
                 "Machine {} is {}; only a running one can be asked",
                 self.record.name,
-                format!("{status:?}").to_lowercase()
+                status.word()
             ))),
+        }
+    }
+
+    /// Where the snapshot of a suspended one is.
+    pub fn suspended(&self) -> PathBuf {
+        self.file(SUSPENDED)
+    }
+
+    /// The socket of its keeper.
+    pub fn keeper_socket(&self) -> PathBuf {
+        self.file("keeper.sock")
+    }
+
+    /// An error in words unless it runs. `what` is what cannot be done else.
+    pub fn must_run(&mut self, what: &str) -> Outcome<()> {
+        let name = &self.record.name;
+        match self.record.status() {
+            Status::Running => Ok(()),
+            Status::Suspended => Err(Failure::new(format!(
+                "Machine {name} is suspended; let it go on with 'nacelle resume {name}' to {what}"
+            ))),
+            status => {
+                let status = status.word();
+                Err(Failure::new(format!("Machine {name} is {status}; only a running one can {what}")))
+            }
         }
     }
 
@@ -258,6 +323,7 @@ impl Machine {
     /// written the end down, and gone, since the record was read.
     pub fn status(&mut self) -> Status {
         match self.record.status() {
+            // Or it was suspended.
             Status::Dead => match self.reload() {
                 Ok(()) => self.record.status(),
                 Err(_) => Status::Dead,
@@ -323,9 +389,12 @@ impl State {
         variable("NACELLE_STATE_DIR").or_else(runtime).unwrap_or_else(|| "/run/nacelle".into())
     }
 
-    /// Opens the directory, making it if need be, for this user alone.
+    /// Opens the directory, making it if need be, for this user alone. What killed commands left
+    /// is taken away.
     pub fn open() -> Outcome<State> {
-        State::at(State::directory())
+        let state = State::at(State::directory())?;
+        scaffold::sweep(&state);
+        Ok(state)
     }
 
     /// The state in `root`.
@@ -338,6 +407,11 @@ impl State {
     /// Where the machines' directories are.
     pub fn place(&self) -> PathBuf {
         self.root.join("machines")
+    }
+
+    /// Where commands put what they need while they make machines of a snapshot.
+    pub fn making(&self) -> PathBuf {
+        self.root.join("making")
     }
 
     /// Takes the lock; others wait.
@@ -437,8 +511,13 @@ pub fn now() -> u64 {
 fn read_record(dir: &Path) -> Outcome<Record> {
     let path = dir.join("machine.json");
     let text = doing(fs::read(&path), || format!("{} cannot be read", path.display()))?;
-    serde_json::from_slice(&text)
-        .map_err(|e| Failure::because(format!("{} is not a machine's record", path.display()), &e))
+    let mut record: Record = serde_json::from_slice(&text)
+        .map_err(|e| Failure::because(format!("{} is not a machine's record", path.display()), &e))?;
+    // A snapshot appears whole, and is taken away before its machine goes on.
+    let taken = fs::metadata(dir.join(SUSPENDED).join("manifest.json")).and_then(|m| m.modified());
+    let seconds = |t: SystemTime| t.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    record.suspended = taken.ok().map(seconds);
+    Ok(record)
 }
 
 fn check_name(name: &str) -> Outcome<()> {

@@ -17,9 +17,9 @@ use super::{
 use crate::cli::{
     ending,
     failure::{Failure, Outcome},
-    inspect, kill, list, rm,
+    inspect, kill, list, resume, rm,
     state::{Machine, Status},
-    stats, wait,
+    stats, suspend, wait,
 };
 
 /// Longest time a command may be given to end, in seconds.
@@ -168,6 +168,33 @@ pub async fn kill(service: &Arc<Service>, asked: &mut Asked, name: &str) -> Answ
         return Err(Refusal::new(StatusCode::CONFLICT, text));
     }
     service.slowly(name, move |_, mut machine| kill::send(&mut machine, number)).await?;
+    Ok(done())
+}
+
+/// `POST /machines/{name}/suspend`: answered when it is in its snapshot and has no process.
+pub async fn suspend(service: &Arc<Service>, asked: &mut Asked, name: &str) -> Answered {
+    asked.streams()?;
+    let machine = service.find(name).await?;
+    if !matches!(machine.record.status(), Status::Running | Status::Suspended) {
+        let text = format!(
+            "Machine {name} is {}; only a running one can be suspended",
+            machine.record.status().word()
+        );
+        return Err(Refusal::new(StatusCode::CONFLICT, text));
+    }
+    service.slowly(name, |_, mut machine| suspend::suspend(&mut machine, &())).await?;
+    Ok(done())
+}
+
+/// `POST /machines/{name}/resume`: answered when a paused or suspended one goes on.
+pub async fn resume(service: &Arc<Service>, name: &str) -> Answered {
+    let machine = service.find(name).await?;
+    if !matches!(machine.record.status(), Status::Running | Status::Suspended) {
+        let status = machine.record.status().word();
+        let text = format!("Machine {name} is {status}; only one that is paused or suspended can go on");
+        return Err(Refusal::new(StatusCode::CONFLICT, text));
+    }
+    service.slowly(name, |service, mut machine| resume::resume(&service.program, &mut machine)).await?;
     Ok(done())
 }
 

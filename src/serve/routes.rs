@@ -39,6 +39,8 @@ pub const TABLE: &[Route] = &[
     ("POST", "/machines/{name}/wait"),
     ("POST", "/machines/{name}/stop"),
     ("POST", "/machines/{name}/kill"),
+    ("POST", "/machines/{name}/suspend"),
+    ("POST", "/machines/{name}/resume"),
     ("GET", "/machines/{name}/logs"),
     ("GET", "/machines/{name}/stats"),
     ("GET", "/machines/{name}/tunnel"),
@@ -46,7 +48,7 @@ pub const TABLE: &[Route] = &[
 ];
 
 /// Words after a machine's name that are the service's and not the machine's.
-pub const OWN: [&str; 6] = ["wait", "stop", "kill", "logs", "stats", "tunnel"];
+pub const OWN: [&str; 8] = ["wait", "stop", "kill", "suspend", "resume", "logs", "stats", "tunnel"];
 
 /// A request while it is answered.
 pub struct Asked {
@@ -164,6 +166,8 @@ async fn route(service: &Arc<Service>, asked: &mut Asked) -> Answered {
         ("POST", ["machines", name, "wait"]) => machines::wait(service, asked, name).await,
         ("POST", ["machines", name, "stop"]) => machines::stop(service, asked, name).await,
         ("POST", ["machines", name, "kill"]) => machines::kill(service, asked, name).await,
+        ("POST", ["machines", name, "suspend"]) => machines::suspend(service, asked, name).await,
+        ("POST", ["machines", name, "resume"]) => machines::resume(service, name).await,
         ("GET", ["machines", name, "logs"]) => logs::read(service, asked, name).await,
         ("GET", ["machines", name, "stats"]) => machines::stats(service, name).await,
         ("GET", ["machines", name, "tunnel"]) => through::tunnel(service, asked, name).await,

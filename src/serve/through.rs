@@ -118,7 +118,7 @@ pub async fn tunnel(service: &Arc<Service>, asked: &mut Asked, name: &str) -> An
 async fn connect(machine: &Machine, path: &Path, what: &str) -> Result<UnixStream, Refusal> {
     let name = &machine.record.name;
     if !matches!(machine.record.status(), Status::Running | Status::Created) {
-        let status = format!("{:?}", machine.record.status()).to_lowercase();
+        let status = machine.record.status().word();
         let text = format!("Machine {name} is {status}; only a running one can be asked");
         return Err(Refusal::new(StatusCode::CONFLICT, text));
     }

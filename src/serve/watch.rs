@@ -116,6 +116,8 @@ impl Watcher {
                 }
             }
             Some(Status::Created) if status != Status::Created => add("MachineStarted", Map::new()),
+            Some(Status::Running) if status == Status::Suspended => add("MachineSuspended", Map::new()),
+            Some(Status::Suspended) if status == Status::Running => add("MachineResumed", Map::new()),
             Some(_) => {}
         }
         let over = |status| matches!(status, Status::Exited | Status::Dead);

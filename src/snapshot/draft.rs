@@ -237,6 +237,14 @@ fn remove_flat(parent: &File, name: &str) -> io::Result<()> {
     Ok(fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?)
 }
 
+/// Removes what writers that are gone left beside `path`.
+pub fn sweep_beside(path: &Path) {
+    let parent = path.parent().map(open_directory);
+    if let Some(Ok(parent)) = parent {
+        sweep(&parent);
+    }
+}
+
 /// Removes what writers that are gone left in `parent`; returns how many directories. What
 /// cannot be removed stays for the next time.
 pub(crate) fn sweep(parent: &File) -> usize {

@@ -17,6 +17,8 @@ use crate::{
     snapshot::Watch,
 };
 
+/// Exit code of a command that was interrupted: 128 and `SIGINT`.
+pub const EXIT_INTERRUPTED: u8 = 130;
 /// Work of less than this is over before anybody wonders; it gets no lines.
 const WORTH_A_LINE: u64 = 256 << 20;
 

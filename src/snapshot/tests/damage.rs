@@ -150,8 +150,16 @@ fn manifests_that_lie_under_a_right_digest_are_survived() {
             std::fs::write(path.join("manifest.json"), seal(&changed)).unwrap();
             let judged = judge(&path);
             // What somebody says of where and when is theirs to say.
-            let opaque =
-                ["/machine", "/cpu", "/created", "/nacelle", "/id", "/drives/0/id", "/drives/0/source"];
+            let opaque = [
+                "/machine",
+                "/cpu",
+                "/note",
+                "/created",
+                "/nacelle",
+                "/id",
+                "/drives/0/id",
+                "/drives/0/source",
+            ];
             let free = opaque.iter().any(|o| field.starts_with(o))
                 || field.ends_with("guest_address")
                 || field.ends_with("page_size")

@@ -1,0 +1,297 @@
+//! `nacelle restore`: a machine of its own, made of a snapshot.
+//!
+//! ```text
+//!   DIR/manifest.json ── machine, note ──► record, plan.json
+//!   DIR/drive-N ───────── copy ──────────► upper.img, drive-N.img     the machine's own
+//!   --set, paths ────────────────────────► restore.json ──► keeper (keeper/revive.rs) loads DIR
+//! ```
+//!
+//! DIR stays what it is: memory is mapped privately, drives that were taken along are copied. A
+//! drive that was not is used as it is; while another machine writes it, the monitor refuses it.
+
+use std::path::{Path, PathBuf};
+
+use api::{
+    Spec,
+    spec::{ConsoleMode, DriveOverride, LoadSnapshot, Serial, VsockOverride},
+};
+use clap::Args as ClapArgs;
+use serde::Deserialize;
+
+use super::{
+    doctor, drives,
+    failure::{Failure, Outcome, doing},
+    keeper::{
+        self, IMAGE, Plan, WRITABLE_LAYER,
+        revive::{self, Revival},
+    },
+    output,
+    overrides::{self, Setting},
+    scaffold::Scaffold,
+    snapshot::watching::{EXIT_INTERRUPTED, Watching},
+    state::{self, Machine, Record, State},
+};
+use crate::snapshot::{Manifest, Watch, inspect, manifest};
+
+/// Make a machine of a snapshot
+#[derive(Debug, ClapArgs)]
+pub struct Args {
+    /// Name of the machine
+    #[arg(long)]
+    name: Option<String>,
+    /// What is different in it: drives.root.path=FILE, network-interfaces.eth0.host_dev_name=TAP ...
+    #[arg(long, value_name = "KEY=VALUE", value_parser = overrides::setting)]
+    set: Vec<Setting>,
+    /// Remove the machine when it ends
+    #[arg(long)]
+    rm: bool,
+    /// Have its terminal, input and output, and wait for its end
+    #[arg(short, long)]
+    attach: bool,
+    /// Show no progress
+    #[arg(short, long)]
+    quiet: bool,
+    /// The snapshot's directory
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+}
+
+/// Makes it, and prints its id.
+pub fn run(args: &Args) -> Outcome<u8> {
+    doctor::require()?;
+    let state = State::open()?;
+    let source = Source::open(&args.directory)?;
+    let name = args.name.clone().unwrap_or_default();
+    let wanted = Wanted { name, number: 1, ephemeral: args.rm, settings: &args.set };
+    let scaffold = Scaffold::begin(&state)?;
+    let watching = Watching::new("Copying drives", args.quiet)?;
+    let made = source.make(&state, &scaffold, &wanted, &watching);
+    drop(watching);
+    let mut machine = made?;
+    if args.attach {
+        let id = machine.record.id.clone();
+        let outcome = revive::in_foreground(&mut machine);
+        // One that ran stays, unless it is removed at its end.
+        if let Ok(machine) = state.find(&id)
+            && machine.record.started.is_some()
+        {
+            scaffold.runs(&machine);
+        }
+        return outcome;
+    }
+    start(&scaffold, &machine)?;
+    output::print(&format!("{}\n", machine.record.id))?;
+    Ok(0)
+}
+
+/// Starts a machine that was made; one that does not come up is removed.
+pub fn start(scaffold: &Scaffold, machine: &Machine) -> Outcome<()> {
+    let started = keeper::start_detached(Path::new(keeper::OWN), machine);
+    if started.is_err() {
+        let _ = machine.remove();
+    }
+    scaffold.runs(machine);
+    started
+}
+
+/// What a snapshot says about its machine besides what the monitor knows.
+#[derive(Debug, Clone, Deserialize)]
+struct Note {
+    record: Record,
+    plan: Option<Plan>,
+}
+
+/// A snapshot of which machines are made.
+#[derive(Debug)]
+pub struct Source {
+    dir: PathBuf,
+    manifest: Manifest,
+    spec: Spec,
+    note: Option<Note>,
+    /// Drives that were not taken along are copied, too: those of a suspended machine, which goes
+    /// on with them later.
+    copies_all: bool,
+}
+
+/// What a machine is to be.
+#[derive(Debug, Clone)]
+pub struct Wanted<'a> {
+    /// Its name; empty for one that is made up.
+    pub name: String,
+    /// Which of those that are made, from 1.
+    pub number: u32,
+    /// It is removed when it ends.
+    pub ephemeral: bool,
+    /// What is different in it.
+    pub settings: &'a [Setting],
+}
+
+impl Source {
+    /// Reads what the snapshot at `dir` is of.
+    pub fn open(dir: &Path) -> Outcome<Source> {
+        let dir = doing(std::path::absolute(dir), || format!("{} is no path", dir.display()))?;
+        let manifest = inspect(&dir)?;
+        let spec = serde_json::from_value(manifest.machine.clone()).map_err(|e| {
+            Failure::because(format!("The machine in {} cannot be understood", dir.display()), &e)
+        })?;
+        let note = match &manifest.note {
+            serde_json::Value::Null => None,
+            note => Some(serde_json::from_value(note.clone()).map_err(|e| {
+                Failure::because(format!("The note of {} cannot be understood", dir.display()), &e)
+            })?),
+        };
+        Ok(Source { dir, manifest, spec, note, copies_all: false })
+    }
+
+    /// The snapshot of a suspended machine, which stays as it is.
+    pub fn of_suspended(machine: &Machine) -> Outcome<Source> {
+        Ok(Source { copies_all: true, ..Source::open(&machine.suspended())? })
+    }
+
+    /// An error if the machine whose own drives were copied has gone on meanwhile.
+    pub fn unchanged(&self) -> Outcome<()> {
+        let same = || inspect(&self.dir).is_ok_and(|manifest| manifest.id == self.manifest.id);
+        if !self.copies_all || same() {
+            return Ok(());
+        }
+        Err(Failure::new("The machine has gone on while its drives were copied; fork it as it runs"))
+    }
+
+    /// Name of the machine that it is of, if it had one.
+    pub fn name(&self) -> Option<&str> {
+        self.note.as_ref().map(|note| note.record.name.as_str())
+    }
+
+    /// Makes a machine ready to be started. After an error there is none.
+    pub fn make(
+        &self,
+        state: &State,
+        scaffold: &Scaffold,
+        wanted: &Wanted<'_>,
+        watch: &dyn Watch,
+    ) -> Outcome<Machine> {
+        let machine = state.create(self.record(wanted)?)?;
+        let filled = scaffold.holds(&machine).and_then(|()| self.fill(&machine, wanted, watch));
+        filled.inspect_err(|_| {
+            let _ = machine.remove();
+            scaffold.runs(&machine);
+        })?;
+        Ok(machine)
+    }
+
+    fn record(&self, wanted: &Wanted<'_>) -> Outcome<Record> {
+        let base = self.note.as_ref().map(|note| note.record.clone());
+        let plain = || {
+            let config = &self.spec.machine_config;
+            let kernel = self.spec.boot_source.kernel_image_path.clone();
+            Record::plain(config.vcpu_count, config.mem_size_mib, kernel)
+        };
+        Ok(Record {
+            id: state::fresh_id()?,
+            name: wanted.name.clone(),
+            ephemeral: wanted.ephemeral,
+            created: state::now(),
+            started: None,
+            monitor: None,
+            keeper: None,
+            end: None,
+            suspended: None,
+            ..base.unwrap_or_else(plain)
+        })
+    }
+
+    fn fill(&self, machine: &Machine, wanted: &Wanted<'_>, watch: &dyn Watch) -> Outcome<()> {
+        let mut load = overrides::apply(&self.base(machine), wanted.settings, wanted.number)?;
+        overrides::check(&load, &self.spec)?;
+        for (number, drive) in self.manifest.drives.iter().enumerate() {
+            if load.drive_overrides.iter().any(|change| change.drive_id == drive.id) {
+                continue;
+            }
+            let Some(path) = self.drive(machine, number, drive, watch)? else { continue };
+            let drive_id = drive.id.clone();
+            load.drive_overrides.push(DriveOverride {
+                drive_id,
+                path_on_host: Some(path),
+                by_descriptor: false,
+            });
+        }
+        self.write_plan(machine, &load)?;
+        Revival { load, is_new: true }.write(machine)
+    }
+
+    /// The file that the machine has for a drive, if it is not the one that it was: a copy of its
+    /// own, except for an image that is still where it was.
+    fn drive(
+        &self,
+        machine: &Machine,
+        number: usize,
+        drive: &manifest::Drive,
+        watch: &dyn Watch,
+    ) -> Outcome<Option<PathBuf>> {
+        let of = |d: &&api::spec::Drive| d.drive_id == drive.id;
+        let read_only = self.spec.drives.iter().find(of).is_some_and(|d| d.is_read_only);
+        let source = PathBuf::from(&drive.source);
+        let from = match &drive.file {
+            None if self.copies_all && !read_only => source,
+            None => return Ok(None),
+            // Images are called by what they hold, so this is the same one.
+            Some(_) if read_only && self.is_image(drive) => return Ok(Some(source)),
+            Some(file) => self.dir.join(file),
+        };
+        let is_layer = drive.id == WRITABLE_LAYER;
+        let name = if is_layer { "upper.img".to_owned() } else { format!("drive-{number}.img") };
+        let path = machine.file(&name);
+        drives::copy(&from, &path, watch).map_err(|e| match e.kind() {
+            std::io::ErrorKind::Interrupted => Failure::new("Interrupted").with_code(EXIT_INTERRUPTED),
+            _ => Failure::because(format!("Drive {} cannot be copied from {}", drive.id, from.display()), &e),
+        })?;
+        Ok(Some(path))
+    }
+
+    /// Whether a drive is the image of a container, and is there.
+    fn is_image(&self, drive: &manifest::Drive) -> bool {
+        let there = std::fs::metadata(&drive.source).is_ok_and(|m| m.len() == drive.size);
+        there && drive.id == IMAGE && self.note.as_ref().is_some_and(|note| note.plan.is_some())
+    }
+
+    /// What is loaded unless somebody sets something else: sockets and logs are the machine's own.
+    fn base(&self, machine: &Machine) -> LoadSnapshot {
+        let vsock = self.spec.vsock.as_ref();
+        let to_file = |serial: &&Serial| serial.far_end() == ConsoleMode::File;
+        LoadSnapshot {
+            snapshot_path: self.dir.clone(),
+            vsock_override: vsock.map(|_| VsockOverride { uds_path: machine.vsock(), guest_cid: None }),
+            serial_override: self.spec.serial.as_ref().filter(to_file).map(|serial| Serial {
+                serial_out_path: Some(machine.file("console.log")),
+                ..serial.clone()
+            }),
+            ..LoadSnapshot::default()
+        }
+    }
+
+    /// Writes down what the machine's container is, for its keeper and for whoever asks.
+    fn write_plan(&self, machine: &Machine, load: &LoadSnapshot) -> Outcome<()> {
+        let mut spec = self.spec.clone();
+        for drive in &mut spec.drives {
+            let change = load.drive_overrides.iter().find(|change| change.drive_id == drive.drive_id);
+            if let Some(path) = change.and_then(|change| change.path_on_host.clone()) {
+                drive.path_on_host = path;
+            }
+        }
+        if let (Some(vsock), Some(change)) = (&mut spec.vsock, &load.vsock_override) {
+            vsock.uds_path = change.uds_path.clone();
+        }
+        let write = |name: &str, text: Vec<u8>| {
+            let path = machine.file(name);
+            doing(std::fs::write(&path, text), || format!("{} cannot be written", path.display()))
+        };
+        match self.note.as_ref().and_then(|note| note.plan.clone()) {
+            None => write("config.json", serde_json::to_vec_pretty(&spec).unwrap_or_default()),
+            Some(mut plan) => {
+                plan.spec = spec;
+                plan.setup.hostname = machine.record.name.clone();
+                write("plan.json", serde_json::to_vec_pretty(&plan).unwrap_or_default())
+            }
+        }
+    }
+}
