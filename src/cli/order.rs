@@ -436,9 +436,13 @@ fn tmpfs(arg: &TmpfsArg) -> Tmpfs {
 /// A locally administered address that follows from the machine's id, so that both sides of
 /// the plan agree on it.
 fn mac(number: usize, tap: &TapArg, record: &Record) -> String {
-    let digits = |at: usize| record.id.get(at..at + 2).unwrap_or("00").to_owned();
-    let made = || format!("06:{}:{}:{}:{}:{number:02x}", digits(0), digits(2), digits(4), digits(6));
-    tap.mac.clone().unwrap_or_else(made)
+    tap.mac.clone().unwrap_or_else(|| own_mac(number, record))
+}
+
+/// The address of an interface, by its number from 0, that nobody asked for another one.
+pub fn own_mac(number: usize, record: &Record) -> String {
+    let digits = |at: usize| record.id.get(at..at + 2).unwrap_or("00");
+    format!("06:{}:{}:{}:{}:{:02x}", digits(0), digits(2), digits(4), digits(6), number & 0xff)
 }
 
 fn interface(number: usize, tap: &TapArg, record: &Record) -> Interface {

@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 
 use api::{
     Spec,
-    spec::{ConsoleMode, DriveOverride, LoadSnapshot, Serial, VsockOverride},
+    spec::{ConsoleMode, DriveOverride, LoadSnapshot, NetworkInterface, Serial, VsockOverride},
 };
 use clap::Args as ClapArgs;
+use guest::protocol::InterfaceIdentity;
 use serde::Deserialize;
 
 use super::{
@@ -25,7 +26,7 @@ use super::{
         self, IMAGE, Plan, WRITABLE_LAYER,
         revive::{self, Revival},
     },
-    output,
+    order, output,
     overrides::{self, Setting},
     scaffold::Scaffold,
     snapshot::watching::{EXIT_INTERRUPTED, Watching},
@@ -215,8 +216,30 @@ impl Source {
                 by_descriptor: false,
             });
         }
+        let network = self.addresses(machine, &mut load);
         self.write_plan(machine, &load)?;
-        Revival { load, is_new: true }.write(machine)
+        Revival { load, is_new: true, network }.write(machine)
+    }
+
+    /// Gives interfaces that are on another tap a hardware address of their own, and returns what
+    /// the agent inside must be told of all that have another one.
+    fn addresses(&self, machine: &Machine, load: &mut LoadSnapshot) -> Vec<InterfaceIdentity> {
+        if self.note.as_ref().is_none_or(|note| note.plan.is_none()) {
+            // Without an agent the guest would go on with the old one.
+            return Vec::new();
+        }
+        let mut changes = Vec::new();
+        for change in &mut load.network_overrides {
+            let of = |(_, card): &(usize, &NetworkInterface)| card.iface_id == change.iface_id;
+            let card = self.spec.network_interfaces.iter().enumerate().find(of);
+            let Some((number, Some(mac))) = card.map(|(number, card)| (number, card.guest_mac.clone()))
+            else {
+                continue;
+            };
+            let new = change.guest_mac.get_or_insert_with(|| order::own_mac(number, &machine.record)).clone();
+            changes.push(InterfaceIdentity { mac, new_mac: Some(new), ..InterfaceIdentity::default() });
+        }
+        changes
     }
 
     /// The file that the machine has for a drive, if it is not the one that it was: a copy of its

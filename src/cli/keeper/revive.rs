@@ -16,13 +16,17 @@
 
 use std::{
     fs,
+    io::Write,
     os::fd::AsRawFd,
     thread,
     time::{Duration, Instant},
 };
 
 use api::{client::Client, spec::LoadSnapshot};
-use guest::client::Agent;
+use guest::{
+    client::{Agent, ClientError},
+    protocol::{FailureKind, Identity, InterfaceIdentity},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -53,6 +57,8 @@ pub struct Revival {
     /// It is another machine than the one that the snapshot was taken of, and so has a name of
     /// its own and shares no secrets.
     pub is_new: bool,
+    /// Its interfaces that have other hardware addresses.
+    pub network: Vec<InterfaceIdentity>,
 }
 
 impl Revival {
@@ -67,6 +73,7 @@ impl Revival {
             Err(_) if machine.record.status() == Status::Suspended => Revival {
                 load: LoadSnapshot { snapshot_path: machine.suspended(), ..LoadSnapshot::default() },
                 is_new: false,
+                network: Vec::new(),
             },
             Err(_) => return Ok(None),
         };
@@ -156,8 +163,36 @@ impl Revival {
             pause = (pause * 2).min(Duration::from_millis(50));
         }
         let mut agent = door.control().map_err(|e| monitor.explain(e.into()))?;
-        agent.set_time(unix_nanos(), entropy())?;
+        self.identify(machine, &mut agent).map_err(|failure| monitor.explain(failure))?;
         Ok((monitor, agent))
+    }
+
+    fn identify(&self, machine: &Machine, agent: &mut Agent) -> Outcome<()> {
+        let record = &machine.record;
+        let identity = Identity {
+            unix_ns: Some(unix_nanos()),
+            entropy: entropy(),
+            hostname: self.is_new.then(|| record.name.clone()),
+            // Ids are random and nobody else's.
+            machine_id: self.is_new.then(|| record.id.chars().take(32).collect()),
+            network: self.network.clone(),
+        };
+        let outcomes = match agent.identify(identity) {
+            // An agent that was saved before there was this.
+            Err(ClientError::Agent(failure)) if failure.kind == FailureKind::BadRequest => {
+                return Ok(agent.set_time(unix_nanos(), entropy())?);
+            }
+            outcomes => outcomes?,
+        };
+        // A machine with a twin's name is better than none; its log says so.
+        let log = fs::OpenOptions::new().append(true).create(true).open(machine.file("monitor.log"));
+        if let Ok(mut log) = log {
+            let failures = outcomes.iter().filter_map(|o| Some((&o.part, o.failure.as_ref()?)));
+            for (part, failure) in failures {
+                let _ = writeln!(log, "Keeper: the agent could not change {part}: {failure}");
+            }
+        }
+        Ok(())
     }
 }
 
