@@ -182,22 +182,37 @@ pub struct Running {
     said: String,
     out: Stream,
     err: Stream,
+    /// Held so that its input stays open.
+    _input: Option<std::io::PipeWriter>,
 }
 
 impl Running {
     /// Starts a call; `input` is written to it from another thread.
-    pub fn start(mut command: Command, input: Option<Vec<u8>>) -> Running {
-        let said = format!("{command:?}");
+    pub fn start(command: Command, input: Option<Vec<u8>>) -> Running {
         let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
-        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("the program can be started");
-        if let (Some(bytes), Some(mut stdin)) = (input, child.stdin.take()) {
+        let mut running = Running::start_reading(command, stdin);
+        if let (Some(bytes), Some(mut stdin)) = (input, running.child.stdin.take()) {
             // One that ends early does not read all of it.
             thread::spawn(move || drop(stdin.write_all(&bytes)));
         }
+        running
+    }
+
+    fn start_reading(mut command: Command, stdin: Stdio) -> Running {
+        let said = format!("{command:?}");
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program can be started");
         let out = Stream::read(child.stdout.take().expect("a pipe"));
         let err = Stream::read(child.stderr.take().expect("a pipe"));
-        Running { child, said, out, err }
+        Running { child, said, out, err, _input: None }
+    }
+
+    /// Starts a call whose input stays open and empty.
+    pub fn start_with_open_input(command: Command) -> Running {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        let mut running = Running::start_reading(command, reader.into());
+        running._input = Some(writer);
+        running
     }
 
     /// Its number.

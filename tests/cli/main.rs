@@ -6,6 +6,7 @@
 //!   interactive  a terminal                    habits     doctor, completion, what is asked wrong
 //!   lifecycle    -d, ls, logs, exec, cp ...    death      processes that were killed
 //!   serve        the service of a host         remote     the same through it
+//!   suspend      suspend, resume, snapshot, restore, fork
 //! ```
 //!
 //! Every test has a [`host::Host`]: a state directory of its own, so that tests run side by side
@@ -27,4 +28,5 @@ mod registry;
 mod remote;
 mod serve;
 mod streams;
+mod suspend;
 mod terminal;
