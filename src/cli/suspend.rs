@@ -138,3 +138,172 @@ fn await_keeper(machine: &mut Machine) -> Outcome<()> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead, BufReader},
+        ops::ControlFlow,
+        os::unix::net::UnixListener,
+        process::{Child, Command},
+        sync::{
+            Arc, Mutex,
+            atomic::{AtomicUsize, Ordering::Relaxed},
+        },
+        thread,
+    };
+
+    use super::{
+        super::{
+            keeper::steward::Steward,
+            state::{ProcessName, Record},
+        },
+        *,
+    };
+
+    /// A machine of this process's, with a monitor that only answers and a process for it.
+    struct Bench {
+        _dir: tempfile::TempDir,
+        machine: Machine,
+        monitor: Child,
+        asked: Arc<Mutex<Vec<String>>>,
+    }
+
+    /// What the job is said to be when it was asked for often enough.
+    fn bench(becomes: &'static str) -> Bench {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::at(dir.path().join("s")).unwrap();
+        let monitor = Command::new("sleep").arg("1000").spawn().unwrap();
+        let record = Record {
+            started: Some(1),
+            keeper: ProcessName::of(std::process::id().cast_signed()),
+            monitor: ProcessName::of(monitor.id().cast_signed()),
+            ..Record::example(&"ab".repeat(16), "web")
+        };
+        let machine = state.create(record).unwrap();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let listener = UnixListener::bind(machine.api()).unwrap();
+        let (seen, place) = (Arc::clone(&asked), machine.suspended());
+        thread::spawn(move || {
+            let polls = AtomicUsize::new(0);
+            let after = if becomes == "Cancelled" { 100_000 } else { 3 };
+            for stream in listener.incoming().map_while(Result::ok) {
+                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+                if let Some(first) = lines.next() {
+                    let mut head = lines.by_ref().take_while(|line| !line.is_empty());
+                    let length = head.find_map(|line| line.strip_prefix("Content-Length: ")?.parse().ok());
+                    head.for_each(drop);
+                    assert!(length.is_none_or(|length: usize| length < 50_000));
+                    seen.lock().unwrap().push(first.clone());
+                    let job = |state: &str| {
+                        format!(
+                            r#"{{"id": 1, "snapshot_path": "x", "snapshot_type": "Full", "state": "{state}",
+                                "done_bytes": 1, "total_bytes": 2, "pause_us": 0}}"#
+                        )
+                    };
+                    let body = match first.split(' ').collect::<Vec<_>>()[..] {
+                        ["GET", "/", _] => r#"{"state": "Running"}"#.to_owned(),
+                        ["GET", "/vm/config", _] => "{}".to_owned(),
+                        ["DELETE", ..] => {
+                            polls.store(100_000, Relaxed);
+                            "null".to_owned()
+                        }
+                        // A cancelled one is so only once it was.
+                        ["GET", ..] if polls.fetch_add(1, Relaxed) >= after => {
+                            if becomes == "Done" {
+                                std::fs::create_dir_all(&place).unwrap();
+                                std::fs::write(place.join("manifest.json"), "").unwrap();
+                            }
+                            job(becomes)
+                        }
+                        ["PUT" | "GET", ..] => job("Running"),
+                        _ => "null".to_owned(),
+                    };
+                    let length = body.len();
+                    let answer = format!(
+                        "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+                    );
+                    (&stream).write_all(answer.as_bytes()).unwrap();
+                }
+                // Its body was not read; closing at once would reset the answer.
+                let _ = stream.shutdown(std::net::Shutdown::Write);
+                thread::spawn(move || drop(lines.count()));
+            }
+        });
+        Bench { _dir: dir, machine, monitor, asked }
+    }
+
+    impl Bench {
+        fn count(&self, start: &str) -> usize {
+            self.asked.lock().unwrap().iter().filter(|line| line.starts_with(start)).count()
+        }
+    }
+
+    impl Drop for Bench {
+        fn drop(&mut self) {
+            let _ = self.monitor.kill();
+            let _ = self.monitor.wait();
+        }
+    }
+
+    struct Stop;
+
+    impl Watch for Stop {
+        fn step(&self, _: u64, _: u64) -> ControlFlow<()> {
+            ControlFlow::Break(())
+        }
+    }
+
+    #[test]
+    fn a_machine_whose_snapshot_is_whole_is_suspended_and_its_monitor_is_gone() {
+        let mut bench = bench("Done");
+        let _steward = Steward::start(&bench.machine, None).unwrap();
+        let mut machine = bench.machine.clone();
+        let client = thread::spawn(move || (suspend(&mut machine, &()), machine));
+        assert!(!bench.monitor.wait().unwrap().success());
+        // What its keeper does then.
+        let mut kept = bench.machine.clone();
+        kept.record.keeper = None;
+        kept.save().unwrap();
+        let (suspended, machine) = client.join().unwrap();
+        suspended.unwrap();
+        assert_eq!(machine.record.status(), Status::Suspended);
+        assert_eq!(bench.count("PATCH /vm"), 1);
+    }
+
+    #[test]
+    fn a_machine_whose_snapshot_fails_or_is_cancelled_goes_on() {
+        for (becomes, watch) in [("Failed", &() as &dyn Watch), ("Cancelled", &Stop)] {
+            let mut bench = bench(becomes);
+            let _steward = Steward::start(&bench.machine, None).unwrap();
+            let mut machine = bench.machine.clone();
+            let failure = suspend(&mut machine, watch).unwrap_err();
+            assert!(failure.message.contains("web was not suspended"), "{failure}");
+            // Paused, and resumed.
+            assert_eq!(bench.count("PATCH /vm"), 2);
+            assert_eq!(bench.count("DELETE /snapshot/jobs/1"), usize::from(becomes == "Cancelled"));
+            assert_eq!(bench.monitor.try_wait().unwrap(), None, "the monitor lives");
+            assert_eq!(machine.record.status(), Status::Running);
+        }
+    }
+
+    #[test]
+    fn a_command_that_is_killed_cancels() {
+        let bench = bench("Cancelled");
+        let _steward = Steward::start(&bench.machine, None).unwrap();
+        let mut keeper = UnixStream::connect(bench.machine.keeper_socket()).unwrap();
+        keeper.write_all(b"{\"suspend\":{}}\n").unwrap();
+        drop(keeper);
+        let until = std::time::Instant::now() + Duration::from_secs(20);
+        while bench.count("PATCH /vm") < 2 {
+            assert!(std::time::Instant::now() < until, "{:?}", bench.asked.lock().unwrap());
+            thread::sleep(Duration::from_millis(5));
+        }
+        // Nonsense is answered and changes nothing.
+        let mut keeper = UnixStream::connect(bench.machine.keeper_socket()).unwrap();
+        keeper.write_all(b"{\"explode\":{}}\n").unwrap();
+        let mut said = String::new();
+        keeper.read_to_string(&mut said).unwrap();
+        assert!(said.contains("failed") && said.contains("cannot be understood"), "{said}");
+    }
+}

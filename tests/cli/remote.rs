@@ -206,3 +206,25 @@ fn the_units_are_understood_by_systemd() {
         assert!(checked.status.success() && !said.contains(name), "{name}: {said}");
     }
 }
+
+#[test]
+fn a_machine_elsewhere_is_paused_suspended_and_goes_on() {
+    let pair = Pair::new();
+    pair.run(&["-d", "--name", "far"], "i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done").expect(0);
+    let last =
+        || pair.nacelle(&["logs", "-n", "1", "far"]).expect(0).text().trim().parse::<u32>().unwrap_or(0);
+    let status = || pair.host.listed("far")["status"].clone();
+    for words in [["pause", "far"], ["resume", "far"], ["suspend", "far"]] {
+        assert_eq!(pair.nacelle(&words).expect(0).text(), "far\n");
+    }
+    assert_eq!(status(), "suspended");
+    assert!(pair.nacelle(&["ls"]).expect(0).text().contains("Suspended"));
+    let before = last();
+    pair.nacelle(&["resume", "far"]).expect(0);
+    assert_eq!(status(), "running");
+    wait_until("the count to go on", || last() > before);
+    pair.nacelle(&["resume", "-a", "far"]).expect(125).says(&["another host"]);
+    pair.nacelle(&["fork", "far"]).expect(125).says(&["own host"]);
+    pair.nacelle(&["rm", "-f", "far"]).expect(0);
+    pair.end();
+}

@@ -106,7 +106,8 @@ fn a_foreground_run_ends_when_it_is_suspended_and_can_be_taken_up_with_its_input
     let script = "echo first; while read line; do echo got $line; done; echo end; exit 4";
     let mut running = {
         let image = test_image();
-        let line = [&["run", "-q", "-i", "--name", "front"], &SMALL[..], &[&image, "sh", "-c", script]].concat();
+        let line =
+            [&["run", "-q", "-i", "--name", "front"], &SMALL[..], &[&image, "sh", "-c", script]].concat();
         Running::start_with_open_input(host.command(&line))
     };
     running.wait_for("first\n");
@@ -225,7 +226,8 @@ fn a_drive_that_somebody_writes_is_not_taken_by_another() {
     host.nacelle(&["restore", "-q", "--name", "thief", at]).expect(125).says(&["thief", "in use"]);
     assert_eq!(host.machines().len(), 1, "nothing is left of what did not come up");
     host.nacelle(&["restore", "-q", "--set", "drives.uper.path=/x", at]).says(&["did you mean upper?"]);
-    host.nacelle(&["restore", "-q", "--set", "drive.upper.path=/x", at]).says(&["did you mean drives.upper.path?"]);
+    host.nacelle(&["restore", "-q", "--set", "drive.upper.path=/x", at])
+        .says(&["did you mean drives.upper.path?"]);
     assert_eq!(host.machines().len(), 1);
     host.nacelle(&["rm", "-f", "owner"]).expect(0);
     host.assert_nothing_left();

@@ -76,3 +76,19 @@ fn sockets_in_a_users_runtime_directory_have_paths_that_fit() {
     assert!(path.as_os_str().len() + "_4294967295".len() <= 107, "{}", path.display());
     assert_eq!(state.find(&id).unwrap().record.id, id);
 }
+
+#[test]
+fn a_machine_without_processes_is_suspended_while_its_snapshot_is_there() {
+    let (_dir, state) = state();
+    let mut machine = state.create(Record { started: Some(1), ..Record::example("a1", "one") }).unwrap();
+    assert_eq!(machine.status(), Status::Dead);
+    fs::create_dir(machine.suspended()).unwrap();
+    assert_eq!(machine.status(), Status::Dead, "it is not whole");
+    fs::write(machine.suspended().join("manifest.json"), "").unwrap();
+    assert_eq!(machine.status(), Status::Suspended);
+    assert!(machine.must_run("do x").unwrap_err().message.contains("nacelle resume one' to do x"));
+    // Who keeps it says so; then it is about to go on.
+    machine.record.keeper = ProcessName::of(std::process::id() as i32);
+    machine.save().unwrap();
+    assert_eq!(state.find("one").unwrap().record.status(), Status::Running);
+}
