@@ -120,8 +120,11 @@ impl Revival {
         machine.save()?;
         let running = client.patch::<Value>("/vm", Some(&json!({ "state": "Resumed" })));
         running.map_err(|e| {
-            // Not one instruction has run.
-            let _ = if self.is_new { Ok(()) } else { fs::rename(&resumed, &suspended) };
+            // It was refused, so not one instruction has run. Any other error may hide that some
+            // have, and then there is no way back.
+            if !self.is_new && matches!(e, api::client::ClientError::Fault { .. }) {
+                let _ = fs::rename(&resumed, &suspended);
+            }
             monitor.explain(Failure::from(e))
         })?;
         // The monitor has what it needs open.

@@ -165,15 +165,22 @@ fn suspend(
         _ => Ok(()),
     };
     let written = detached.and_then(|()| write(machine, ran, &mut client, connection));
-    let Err(failure) = written else {
-        drop(held);
-        if let Some(monitor) = machine.record.monitor {
-            monitor.signal(libc::SIGKILL);
+    // Whatever was answered, or not: a snapshot that is there is whole.
+    let failure = match written {
+        Err(failure) if !machine.suspended().exists() => failure,
+        _ => {
+            drop(held);
+            if let Some(monitor) = machine.record.monitor {
+                monitor.signal(libc::SIGKILL);
+            }
+            return Ok(());
         }
-        return Ok(());
     };
     if ran {
         let _: Result<Value, _> = client.patch("/vm", Some(&json!({ "state": "Resumed" })));
+        // One that became whole since then is none any more: the machine runs. A monitor that
+        // writes one does not let the machine run, so none comes later.
+        let _ = fs::remove_dir_all(machine.suspended());
         if let Some(carriage) = carriage {
             // Without its streams the machine would stop at its next output.
             carriage.attach()?;
