@@ -1,7 +1,11 @@
 //! `nacelle snapshot create`, or `nacelle snapshot MACHINE DIR`: a machine that runs, as a
 //! directory of which any number of machines can be made.
 
-use std::{path::PathBuf, thread, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
 use api::{
     Spec,
@@ -21,7 +25,7 @@ use super::{
     },
     watching::{EXIT_INTERRUPTED, Watching},
 };
-use crate::snapshot::Watch;
+use crate::snapshot::{Chain, Search, Watch, fold};
 
 /// How often a snapshot that is being written is asked how far it is.
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -109,8 +113,20 @@ pub fn run(args: &Create) -> Outcome<u8> {
     }
     drop(watching);
     written?;
+    if args.diff {
+        based(directory)?;
+    }
     output::print(&format!("{}\n", directory.display()))?;
     Ok(0)
+}
+
+/// Checks that the snapshot which a diff lies on is there: one that a machine went on from is not
+/// kept, be it suspended or forked.
+fn based(directory: &Path) -> Outcome<()> {
+    let Err(error) = Chain::open(directory, &Search::default()) else { return Ok(()) };
+    // As a diff of nothing it is of no use.
+    let _ = fold::remove(directory, true);
+    Err(Failure::because("The machine's last snapshot is gone; take one without --diff first", &error))
 }
 
 /// Stops the vCPUs; false when they stood still already.
@@ -125,7 +141,7 @@ fn stand_still(client: &mut Client) -> Outcome<bool> {
 
 /// How drives are taken along unless somebody says: so that the snapshot is of one moment, and
 /// good for any number of machines.
-pub fn capture(client: &mut Client, target: &std::path::Path) -> Outcome<DriveCapture> {
+pub fn capture(client: &mut Client, target: &Path) -> Outcome<DriveCapture> {
     let spec: Spec = client.get("/vm/config")?;
     let mut written = spec.drives.iter().filter(|drive| !drive.is_read_only);
     let all = written.all(|drive| drives::can_share(&drive.path_on_host, target));
