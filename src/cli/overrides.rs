@@ -3,6 +3,7 @@
 //! ```text
 //!   drives.root.path_on_host=/b.img              drive_overrides[{drive_id: root, path_on_host}]
 //!   network-interfaces.eth0.host_dev_name=tap7   network_overrides[{iface_id: eth0, ..}]
+//!   network-interfaces.eth0.ip=10.0.0.7/24       the agent inside is told
 //!   vsock.uds_path=/v.sock                       vsock_override{uds_path}
 //!   clock_realtime=true                          clock_realtime
 //! ```
@@ -10,6 +11,8 @@
 //! Keys are those of the machine's configuration, or fields of `PUT /snapshot/load`. Each has one
 //! row in [`KEYS`]; what is in no row is refused with the nearest that is. Where several machines
 //! are made, `{n}` in a value is the number of each, from 1.
+
+use std::collections::BTreeSet;
 
 use api::spec::{LoadSnapshot, Spec};
 use serde_json::{Map, Value, json};
@@ -42,6 +45,8 @@ enum Place {
     Inside(&'static str, &'static str),
     /// A field of the entry of a list that has the key's second part in a field.
     Entry(&'static str, &'static str, &'static str),
+    /// Not in the request: the agent inside is told, see [`addresses`].
+    Agent,
 }
 
 /// A way to write a key; `*` stands for an id.
@@ -68,11 +73,13 @@ const fn pmem(field: &'static str) -> Place {
 }
 
 /// All keys there are.
-const KEYS: [Key; 22] = [
+const KEYS: [Key; 24] = [
     key("drives.*.path_on_host", drive("path_on_host"), Kind::Text),
     key("drives.*.path", drive("path_on_host"), Kind::Text),
     key("network-interfaces.*.host_dev_name", network("host_dev_name"), Kind::Text),
     key("network-interfaces.*.guest_mac", network("guest_mac"), Kind::Text),
+    key("network-interfaces.*.ip", Place::Agent, Kind::Texts),
+    key("network-interfaces.*.gw", Place::Agent, Kind::Texts),
     key("pmem.*.path_on_host", pmem("path_on_host"), Kind::Text),
     key("pmem.*.path", pmem("path_on_host"), Kind::Text),
     key("vsock.uds_path", Place::Inside("vsock_override", "uds_path"), Kind::Text),
@@ -157,6 +164,7 @@ pub fn apply(base: &LoadSnapshot, settings: &[Setting], number: u32) -> Outcome<
             Place::Field(field) if row.kind == Kind::Texts => {
                 change(&mut request, field, |entries| entries.push(value));
             }
+            Place::Agent => {}
             Place::Field(field) => drop(request.insert(field.to_owned(), value)),
             Place::Inside(object, field) => {
                 let place = request.entry(object).or_insert_with(|| Value::Object(Map::new()));
@@ -180,6 +188,23 @@ pub fn apply(base: &LoadSnapshot, settings: &[Setting], number: u32) -> Outcome<
     Ok(load)
 }
 
+/// The IP addresses and gateways that are set for an interface of machine `number`, which its
+/// agent is told: `network-interfaces.ID.ip=ADDRESS/PREFIX` and `.gw=ADDRESS`, as in `--tap`.
+pub fn addresses(settings: &[Setting], id: &str, number: u32) -> (Vec<String>, Vec<String>) {
+    let all = |field: &str| {
+        let key = format!("network-interfaces.{id}.{field}");
+        let values = settings.iter().filter(|setting| setting.key == key);
+        values.map(|setting| setting.value.replace("{n}", &number.to_string())).collect()
+    };
+    (all("ip"), all("gw"))
+}
+
+/// The interfaces that are set something of.
+pub fn interfaces(settings: &[Setting]) -> BTreeSet<&str> {
+    let id = |setting: &Setting| setting.key.strip_prefix("network-interfaces.").is_some();
+    settings.iter().filter(|s| id(s)).filter_map(|s| s.key.split('.').nth(1)).collect()
+}
+
 /// Changes a list of the request, which is made if there is none.
 fn change(request: &mut Map<String, Value>, name: &str, act: impl FnOnce(&mut Vec<Value>)) {
     let mut entries = match request.remove(name) {
@@ -191,7 +216,7 @@ fn change(request: &mut Map<String, Value>, name: &str, act: impl FnOnce(&mut Ve
 }
 
 /// Checks that the machine has what is overridden.
-pub fn check(load: &LoadSnapshot, spec: &Spec) -> Outcome<()> {
+pub fn check(load: &LoadSnapshot, settings: &[Setting], spec: &Spec) -> Outcome<()> {
     let drives = spec.drives.iter().map(|d| d.drive_id.as_str()).collect();
     for change in &load.drive_overrides {
         known("drive", &change.drive_id, &drives)?;
@@ -199,6 +224,9 @@ pub fn check(load: &LoadSnapshot, spec: &Spec) -> Outcome<()> {
     let cards = spec.network_interfaces.iter().map(|n| n.iface_id.as_str()).collect();
     for change in &load.network_overrides {
         known("network interface", &change.iface_id, &cards)?;
+    }
+    for id in interfaces(settings) {
+        known("network interface", id, &cards)?;
     }
     let memories = spec.pmem.iter().map(|p| p.id.as_str()).collect();
     for change in &load.pmem_overrides {
@@ -264,7 +292,7 @@ mod tests {
 
     #[test]
     fn every_row_names_a_field_that_the_request_has() {
-        for row in &KEYS {
+        for row in KEYS.iter().filter(|row| row.place != Place::Agent) {
             let value = match row.kind {
                 Kind::Flag => "true",
                 Kind::Number => "5",
@@ -286,6 +314,21 @@ mod tests {
             let before = set(needed, 1).unwrap_or_default();
             assert_ne!(set(&[&[&own[..]], needed].concat(), 1).unwrap(), before, "{}", row.pattern);
         }
+    }
+
+    #[test]
+    fn addresses_are_for_the_agent() {
+        let words = [
+            "network-interfaces.eth0.ip=10.0.0.{n}/24",
+            "network-interfaces.eth0.ip=fd00::{n}/64",
+            "network-interfaces.eth0.gw=10.0.0.1",
+            "network-interfaces.eth1.ip=10.0.1.{n}/24",
+        ];
+        let settings: Vec<Setting> = words.iter().map(|word| setting(word).unwrap()).collect();
+        assert_eq!(interfaces(&settings), BTreeSet::from(["eth0", "eth1"]));
+        let (ip, gw) = addresses(&settings, "eth0", 5);
+        assert_eq!((ip, gw), (vec!["10.0.0.5/24".into(), "fd00::5/64".into()], vec!["10.0.0.1".into()]));
+        assert_eq!(set(&words, 5).unwrap().network_overrides, []);
     }
 
     #[test]
@@ -315,8 +358,9 @@ mod tests {
             r#"{"drives": [{"drive_id": "root", "path_on_host": "/r", "is_root_device": true}]}"#,
         )
         .unwrap();
-        check(&set(&["drives.root.path=/x"], 1).unwrap(), &spec).unwrap();
-        let said = |word| check(&set(&[word], 1).unwrap(), &spec).unwrap_err().message;
+        check(&set(&["drives.root.path=/x"], 1).unwrap(), &[], &spec).unwrap();
+        let said =
+            |word| check(&set(&[word], 1).unwrap(), &[setting(word).unwrap()], &spec).unwrap_err().message;
         assert!(said("drives.rot.path=/x").contains("did you mean root?"));
         assert!(said("network-interfaces.eth0.guest_mac=06:00:00:00:00:01").contains("no other"));
         assert!(said("vsock.uds_path=/v").contains("no vsock"));

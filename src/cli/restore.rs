@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use api::{
     Spec,
-    spec::{ConsoleMode, DriveOverride, LoadSnapshot, NetworkInterface, Serial, VsockOverride},
+    spec::{ConsoleMode, DriveOverride, LoadSnapshot, Serial, VsockOverride},
 };
 use clap::Args as ClapArgs;
 use guest::protocol::InterfaceIdentity;
@@ -203,7 +203,7 @@ impl Source {
 
     fn fill(&self, machine: &Machine, wanted: &Wanted<'_>, watch: &dyn Watch) -> Outcome<()> {
         let mut load = overrides::apply(&self.base(machine), wanted.settings, wanted.number)?;
-        overrides::check(&load, &self.spec)?;
+        overrides::check(&load, wanted.settings, &self.spec)?;
         for (number, drive) in self.manifest.drives.iter().enumerate() {
             if load.drive_overrides.iter().any(|change| change.drive_id == drive.id) {
                 continue;
@@ -216,30 +216,38 @@ impl Source {
                 by_descriptor: false,
             });
         }
-        let network = self.addresses(machine, &mut load);
+        let network = self.interfaces(machine, wanted, &mut load)?;
         self.write_plan(machine, &load)?;
         Revival { load, is_new: true, network }.write(machine)
     }
 
     /// Gives interfaces that are on another tap a hardware address of their own, and returns what
-    /// the agent inside must be told of all that have another one.
-    fn addresses(&self, machine: &Machine, load: &mut LoadSnapshot) -> Vec<InterfaceIdentity> {
-        if self.note.as_ref().is_none_or(|note| note.plan.is_none()) {
-            // Without an agent the guest would go on with the old one.
-            return Vec::new();
-        }
+    /// the agent inside must be told of all that are to be different.
+    fn interfaces(
+        &self,
+        machine: &Machine,
+        wanted: &Wanted<'_>,
+        load: &mut LoadSnapshot,
+    ) -> Outcome<Vec<InterfaceIdentity>> {
+        let has_agent = self.note.as_ref().is_some_and(|note| note.plan.is_some());
         let mut changes = Vec::new();
-        for change in &mut load.network_overrides {
-            let of = |(_, card): &(usize, &NetworkInterface)| card.iface_id == change.iface_id;
-            let card = self.spec.network_interfaces.iter().enumerate().find(of);
-            let Some((number, Some(mac))) = card.map(|(number, card)| (number, card.guest_mac.clone()))
-            else {
-                continue;
-            };
-            let new = change.guest_mac.get_or_insert_with(|| order::own_mac(number, &machine.record)).clone();
-            changes.push(InterfaceIdentity { mac, new_mac: Some(new), ..InterfaceIdentity::default() });
+        for (number, card) in self.spec.network_interfaces.iter().enumerate() {
+            let id = &card.iface_id;
+            let (addresses, gateways) = overrides::addresses(wanted.settings, id, wanted.number);
+            let is_set = !addresses.is_empty() || !gateways.is_empty();
+            if is_set && !has_agent {
+                let text = "There is no agent in the machine that could be told addresses; set none";
+                return Err(Failure::new(text));
+            }
+            let change = load.network_overrides.iter_mut().find(|change| change.iface_id == *id);
+            let Some(mac) = card.guest_mac.clone().filter(|_| has_agent) else { continue };
+            let own = || order::own_mac(number, &machine.record);
+            let new_mac = change.map(|change| change.guest_mac.get_or_insert_with(own).clone());
+            if new_mac.is_some() || is_set {
+                changes.push(InterfaceIdentity { mac, name: String::new(), new_mac, addresses, gateways });
+            }
         }
-        changes
+        Ok(changes)
     }
 
     /// The file that the machine has for a drive, if it is not the one that it was: a copy of its
