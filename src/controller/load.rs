@@ -15,10 +15,10 @@
 
 use std::{
     fs::File,
-    io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use api::{
@@ -31,13 +31,22 @@ use serde_json::{Value, json};
 
 use super::{Controller, snapshot::Lineage};
 use crate::{
+    pager::{
+        Broken, Prefetch,
+        working_set::{Place, WorkingSet},
+    },
     snapshot::{Chain, Pair, Region, Search, SnapshotError, manifest, pair},
     vm::{
+        Ending,
         build::{Origin, Restored, Source},
         handed::{Gift, Handed},
+        lazy::{self, Lazy, Server},
         saved::Saved,
     },
 };
+
+/// How long the machine has to end in order when its memory is lost.
+const ORDERLY: Duration = Duration::from_millis(800);
 
 /// Why a load comes too late. The words are Firecracker's.
 const CONFIGURED: &str = "Loading a microVM snapshot not allowed after configuring boot-specific resources.";
@@ -51,12 +60,16 @@ struct Opened {
     /// Drives that were taken along, with the files that hold them.
     drives: Vec<(String, PathBuf)>,
     lineage: Option<Lineage>,
+    /// Where a record of what the guest needs first belongs.
+    set: Option<Place>,
 }
 
 /// Where its memory is.
 enum Pages {
     File(File),
-    Chain(Box<Chain>),
+    Chain(Arc<Chain>),
+    /// With the process that listens there.
+    Handler(PathBuf),
 }
 
 impl Controller {
@@ -88,25 +101,77 @@ impl Controller {
         let platform = saved.platform().map_err(|e| invalid(&e))?;
         let clock = if load.clock_realtime { ClockPolicy::Advance } else { ClockPolicy::Continue };
         let before = std::mem::replace(&mut self.spec, spec);
-        let memory = match opened.pages {
-            Pages::File(file) => Source::File(Arc::new(file)),
-            Pages::Chain(chain) => {
-                let read =
-                    move |offset, bytes: &mut [u8]| chain.read(offset, bytes).map_err(io::Error::other);
-                Source::Read(Box::new(read))
-            }
-        };
-        let built = self.build(platform, Origin::Saved(Box::new(Restored { saved, memory, clock })));
+        let known = opened.set.as_ref().filter(|_| load.prefetch == spec::Prefetch::WorkingSet);
+        let known = known.filter(|_| !load.record_working_set).and_then(Place::read);
+        // Whoever comes first leaves a record for those who follow.
+        let wanted =
+            load.record_working_set || load.prefetch == spec::Prefetch::WorkingSet && known.is_none();
+        let place = opened.set.filter(|_| wanted);
+        let built = self.source(opened.pages, load.prefetch, (known.as_ref(), place.is_some()));
+        let built = built.and_then(|memory| {
+            self.build(platform, Origin::Saved(Box::new(Restored { saved, memory, clock })))
+        });
         if let Err(fault) = built {
             self.spec = before;
             self.handed.clear();
             self.mmds = None;
             return Err(fault);
         }
+        if let (Some(known), Some(live)) = (&known, &self.live) {
+            live.vm.prefetch(known);
+        }
+        self.unrecorded = place;
         self.lineage = opened.lineage;
         let path = load.snapshot_path.display().to_string();
         self.announce("SnapshotLoaded", json!({ "snapshot_path": path }));
         Ok(())
+    }
+
+    /// Where RAM comes from. With a working set, or with its record wanted, when our pager brings
+    /// it.
+    fn source(
+        &self,
+        pages: Pages,
+        prefetch: spec::Prefetch,
+        (known, record): (Option<&WorkingSet>, bool),
+    ) -> Result<Source, Fault> {
+        let huge = self.spec.machine_config.huge_pages == HugePages::Huge2M;
+        let chain = match pages {
+            Pages::File(file) => return Ok(Source::File(Arc::new(file))),
+            Pages::Handler(path) => {
+                return Ok(Source::Lazy(Lazy::new(Server::Handler(path), false, self.broken())));
+            }
+            Pages::Chain(chain) => chain,
+        };
+        let layers = lazy::layers(&chain).map_err(|e| Fault::from_error(FaultKind::Internal, &e))?;
+        if let Some(layers) = layers.filter(|_| !huge) {
+            return Ok(Source::Layers(layers));
+        }
+        let first = known.map(|known| known.touched.clone()).unwrap_or_default();
+        let prefetch = Prefetch { first, all: prefetch == spec::Prefetch::All };
+        Ok(Source::Lazy(Lazy::new(Server::Chain(chain, prefetch), record, self.broken())))
+    }
+
+    /// Ends the machine because pages of its memory cannot be had any more. This thread may itself
+    /// wait for such a page, so it has a moment to end in order, and then the process ends.
+    fn broken(&self) -> Broken {
+        let handle = self.handle();
+        Box::new(move |reason| {
+            log::error!("Guest memory is lost: {reason}");
+            handle.ended(Ending::Broken(reason.clone()));
+            std::thread::sleep(ORDERLY);
+            eprintln!("nacelle: {}", Ending::Broken(reason).reason());
+            // SAFETY: the process ends here and now, whatever its threads hold or wait for.
+            unsafe { libc::_exit(1) };
+        })
+    }
+
+    /// The guest runs for the first time since it was loaded.
+    pub(super) fn record_working_set(&mut self) {
+        let (Some(place), Some(live)) = (self.unrecorded.take(), &self.live) else { return };
+        if let Err(error) = live.vm.record_working_set(place) {
+            log::warn!("What the guest needs first is not recorded: {error}");
+        }
     }
 
     /// Whether anything but what belongs to the process was configured.
@@ -130,28 +195,33 @@ fn open(load: &LoadSnapshot) -> Result<Opened, Fault> {
         causes: vec![e.to_string()],
     })?;
     let backend = load.backend();
-    if let Some(backend) = backend.as_ref().filter(|b| b.backend_type == MemBackendType::Uffd) {
-        let text = format!("Page fault handlers ({}) cannot be used yet", backend.backend_path.display());
-        return Err(Fault::new(FaultKind::Unsupported, text));
-    }
+    let handler = backend.as_ref().filter(|b| b.backend_type == MemBackendType::Uffd);
+    let handler = handler.map(|b| Pages::Handler(b.backend_path.clone()));
     if is_file {
         let Some(backend) = backend else {
             let text = "missing field: either `mem_backend` or `mem_file_path` is required";
             return Err(Fault::new(FaultKind::Invalid, text));
         };
         let pair = Pair::open(path).map_err(|e| fault(&e))?;
-        let file = pair.memory(&backend.backend_path).map_err(|e| fault(&e))?;
+        let pages = match handler {
+            Some(handler) => handler,
+            None => Pages::File(pair.memory(&backend.backend_path).map_err(|e| fault(&e))?),
+        };
         let Pair { about, sections } = pair;
         let (machine, regions) = (about.machine, about.regions);
-        let pages = Pages::File(file);
-        return Ok(Opened { machine, regions, sections, pages, drives: Vec::new(), lineage: None });
+        let (drives, lineage, set) = (Vec::new(), None, None);
+        return Ok(Opened { machine, regions, sections, pages, drives, lineage, set });
     }
-    if backend.is_some() {
+    if backend.is_some() && handler.is_none() {
         let text =
             format!("{} is a directory, which holds its memory; leave out mem_backend", path.display());
         return Err(Fault::new(FaultKind::Invalid, text));
     }
-    open_directory(path, load).map_err(|e| fault(&e))
+    let opened = open_directory(path, load).map_err(|e| fault(&e))?;
+    match handler {
+        Some(pages) => Ok(Opened { pages, set: None, ..opened }),
+        None => Ok(opened),
+    }
 }
 
 fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, SnapshotError> {
@@ -165,16 +235,17 @@ fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, SnapshotEr
     let drives = manifest.drives.iter().filter_map(taken).collect();
     let (machine, regions) = (manifest.machine.clone(), manifest.memory.regions.clone());
     let sections = top.sections()?;
+    let set = Place::of(top).ok();
     let file = top.memory_file().filter(|_| manifest.parent.is_none()).map(File::try_clone);
     let pages = match file.transpose() {
         Ok(Some(file)) => Pages::File(file),
-        Ok(None) => Pages::Chain(Box::new(chain)),
+        Ok(None) => Pages::Chain(Arc::new(chain)),
         Err(source) => {
             let what = format!("Memory of snapshot {} cannot be opened", path.display());
             return Err(SnapshotError::Io { what, source });
         }
     };
-    Ok(Opened { machine, regions, sections, pages, drives, lineage: Some(lineage) })
+    Ok(Opened { machine, regions, sections, pages, drives, lineage: Some(lineage), set })
 }
 
 /// Marks what comes as a descriptor, and takes those that came: first of drives, then of

@@ -47,6 +47,7 @@ use crate::{
     debug::Debugger,
     logger,
     metrics::{Metrics, Milestone, Milestones, Startup},
+    pager::working_set::Place,
     phase::{Phase, Verb},
     server::Server,
     signals::Signals,
@@ -193,6 +194,8 @@ pub struct Controller {
     jobs: snapshot::Jobs,
     /// What the next diff is a diff of.
     lineage: Option<snapshot::Lineage>,
+    /// Where what the guest touches first is to be recorded, once it runs.
+    unrecorded: Option<Place>,
     /// When a machine that was asked to shut down is ended.
     deadline: Option<Instant>,
     /// When a machine that was started has settled.
@@ -229,6 +232,7 @@ impl Controller {
             removals: plug::Removals::default(),
             jobs: snapshot::Jobs::default(),
             lineage: None,
+            unrecorded: None,
             deadline: None,
             settled: None,
             mailbox: Mailbox::new()?,
@@ -403,6 +407,9 @@ impl Controller {
             },
         }?;
         self.phase = next;
+        if next == Phase::Running {
+            self.record_working_set();
+        }
         if next != before {
             self.measure_change(before, asked.elapsed());
             self.announce(next.name(), serde_json::Value::Null);

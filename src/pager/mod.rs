@@ -48,7 +48,7 @@ pub mod working_set;
 use std::{io, path::PathBuf, ptr::NonNull};
 
 pub use handler::{Handler, PATIENCE};
-pub use serve::{Pager, Served};
+pub use serve::{Pager, Served, Touched};
 pub use source::ChainSource;
 
 use crate::snapshot::extents::Extents;
@@ -108,6 +108,9 @@ pub trait PageSource: Send {
     fn unit(&self, _offset: u64) -> u64 {
         PAGE
     }
+
+    /// Nothing is asked for at the moment, and may not be for days.
+    fn rest(&self) {}
 }
 
 /// What is brought before it is touched.

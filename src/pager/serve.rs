@@ -96,7 +96,7 @@ pub struct Pager {
 
 impl Pager {
     /// Starts to serve `ranges`, none of which was touched yet. With `record`,
-    /// [`Pager::take_touched`] will tell what was asked for.
+    /// [`Pager::touched`] will tell what was asked for.
     pub fn start(
         ranges: &[Range],
         source: Box<dyn PageSource>,
@@ -133,9 +133,9 @@ impl Pager {
         }
     }
 
-    /// What faults brought since the start, with what came along. Later ones are not recorded.
-    pub fn take_touched(&self) -> Extents {
-        lock(&self.shared.touched).take().map(Gathering::finish).unwrap_or_default()
+    /// The record of what was touched, for another thread.
+    pub fn touched(&self) -> Touched {
+        Touched(Arc::clone(&self.shared))
     }
 
     /// Brings everything now and waits until it is there, at most for `patience`; then memory is
@@ -171,6 +171,17 @@ impl Pager {
         self.shared.given_up.store(true, Relaxed);
         self.shared.bell.ring();
         let _ = self.thread.join();
+    }
+}
+
+/// The record of what was touched.
+#[derive(Debug)]
+pub struct Touched(Arc<Shared>);
+
+impl Touched {
+    /// What faults brought since the start, with what came along. Later ones are not recorded.
+    pub fn take(&self) -> Extents {
+        lock(&self.0.touched).take().map(Gathering::finish).unwrap_or_default()
     }
 }
 
@@ -312,8 +323,11 @@ impl Worker {
     }
 
     fn sleep(&mut self) -> Result<(), String> {
-        // What a source or a plan needed is not kept by a thread that may sleep for days.
-        self.buffer = Vec::new();
+        // A thread that may sleep for days keeps nothing that the next fault does not need.
+        self.source.rest();
+        if self.buffer.capacity() as u64 > AROUND {
+            self.buffer = Vec::new();
+        }
         let mut fds = [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(&self.shared.bell, PollFlags::IN)];
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -1,10 +1,10 @@
 //! Pages of a snapshot and all that it lies on: a diff over diffs, a store, or both.
 
-use std::error::Error;
+use std::{error::Error, sync::Arc};
 
 use super::{PAGE, PageSource};
 use crate::snapshot::{
-    Chain,
+    Chain, Snapshot,
     extents::{Extents, Gathering},
 };
 
@@ -12,12 +12,12 @@ use crate::snapshot::{
 /// asked for, and pages are handed out from the bytes that were checked.
 #[derive(Debug)]
 pub struct ChainSource {
-    chain: Chain,
+    chain: Arc<Chain>,
 }
 
 impl ChainSource {
     /// Takes a chain, whose files stay open until memory is complete.
-    pub fn new(chain: Chain) -> ChainSource {
+    pub fn new(chain: Arc<Chain>) -> ChainSource {
         ChainSource { chain }
     }
 }
@@ -42,5 +42,9 @@ impl PageSource for ChainSource {
     fn unit(&self, offset: u64) -> u64 {
         let layer = self.chain.place(offset).and_then(|p| self.chain.layers().get(p.layer?));
         layer.filter(|l| l.manifest().memory.hashed).map_or(PAGE, |l| l.manifest().memory.chunk_size)
+    }
+
+    fn rest(&self) {
+        self.chain.layers().iter().for_each(Snapshot::forget_chunks);
     }
 }

@@ -137,9 +137,8 @@ impl Userfault {
         done(result).map(|()| Userfault { file }).map_err(PagerError::Features)
     }
 
-    /// One that another process opened.
-    #[cfg(test)]
-    pub(super) fn of(fd: OwnedFd) -> Userfault {
+    /// One that another process opened and sent: what a page-fault handler has.
+    pub fn of(fd: OwnedFd) -> Userfault {
         Userfault { file: fd.into() }
     }
 

@@ -65,7 +65,7 @@ enum Pages {
 
 /// Chunks that are kept: two guest threads that each walk through memory are served without
 /// unpacking a chunk twice.
-const RECENT: usize = 4;
+const RECENT: usize = 2;
 
 /// What verifying found to be right.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -247,6 +247,11 @@ impl Snapshot {
         recent.truncate(RECENT - 1);
         recent.push_front((number, Arc::clone(&bytes)));
         Ok(bytes)
+    }
+
+    /// Gives back the memory of chunks that were read lately.
+    pub fn forget_chunks(&self) {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Checks the state, and with `full` every chunk and every hole.

@@ -54,6 +54,7 @@ use super::{
     handed::Handed,
     host::KvmHost,
     kvm::{self, KvmError},
+    lazy::{Layers, Lazy, Served},
     loading::{self, Files, Loading},
     memory::{self, MemoryError},
     pages,
@@ -62,7 +63,8 @@ use super::{
 };
 use crate::{
     metrics::Milestones,
-    snapshot::extents::Gathering,
+    pager::PagerError,
+    snapshot::extents::{Gathering, Run},
     vcpu::{Buses, Report, Reporter, VcpuError, Vcpus},
 };
 
@@ -107,15 +109,35 @@ pub struct Restored {
     pub clock: ClockPolicy,
 }
 
-/// Fills a buffer from an offset in the memory file on.
-pub type ReadPages = Box<dyn FnMut(u64, &mut [u8]) -> io::Result<()>>;
-
 /// Where the RAM of a saved machine is.
 pub enum Source {
     /// In this memory file, which is mapped.
     File(Arc<File>),
-    /// Wherever this reads it.
-    Read(ReadPages),
+    /// In parts of several, which are mapped over each other.
+    Layers(Layers),
+    /// Wherever it is brought from when it is touched.
+    Lazy(Lazy),
+}
+
+impl Source {
+    /// Fills a buffer from an offset in the memory file on.
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        match self {
+            Source::File(file) => file.read_exact_at(bytes, offset),
+            Source::Lazy(lazy) => lazy.read(offset, bytes),
+            Source::Layers(layers) => {
+                let window = Run { start: offset, end: offset + bytes.len() as u64 };
+                bytes.fill(0);
+                for (run, file) in layers.iter() {
+                    let run = run.within(window);
+                    let from = (run.start.saturating_sub(offset)) as usize;
+                    let piece = bytes.get_mut(from..).and_then(|b| b.get_mut(..run.len() as usize));
+                    piece.filter(|_| !run.is_empty()).map_or(Ok(()), |p| file.read_exact_at(p, run.start))?;
+                }
+                Ok(())
+            }
+        }
+    }
 }
 
 /// Why a machine could not be built.
@@ -172,6 +194,9 @@ pub enum BuildError {
         #[source]
         source: DeviceError,
     },
+    /// Saved memory cannot be served.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
     /// Saved memory cannot be read.
     #[error("Guest memory cannot be read")]
     Read(#[source] io::Error),
@@ -217,7 +242,7 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
     let template = cpu::template(spec).map_err(processors)?;
     let kvm = kvm::open_for(&template)?;
     let vm = kvm::create_vm(&kvm)?;
-    let (ram, beneath) = ram(config, &mut origin)?;
+    let (ram, beneath, served) = ram(config, &mut origin)?;
     let slots = memory::register(&vm, &ram, config.track_dirty_pages)?;
     annex.register(&vm, slots)?;
     let memory = annex.joined_to(ram.clone(), config.track_dirty_pages)?;
@@ -316,28 +341,41 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
         memory,
         consoles,
         host,
+        served,
     })
 }
 
-/// RAM, and what shows through it.
-fn ram(config: &spec::MachineConfig, origin: &mut Origin) -> Result<(Memory, Beneath), BuildError> {
+/// RAM, what shows through it, and who brings what is missing.
+fn ram(
+    config: &spec::MachineConfig,
+    origin: &mut Origin,
+) -> Result<(Memory, Beneath, Option<Served>), BuildError> {
     let empty = || memory::map(config, memory::Backing::Empty);
-    let read = |read: &mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>| {
-        let ram = empty()?;
-        capture::fill(&ram, &pages::pieces(&ram), read).map_err(BuildError::Read)?;
-        Ok((ram, Beneath::Nothing))
-    };
-    let Origin::Saved(restored) = origin else { return Ok((empty()?, Beneath::Nothing)) };
+    let Origin::Saved(restored) = origin else { return Ok((empty()?, Beneath::Nothing, None)) };
+    let huge = config.huge_pages == spec::HugePages::Huge2M;
     match &mut restored.memory {
+        Source::Lazy(lazy) => {
+            // What is to be brought beforehand is brought by who brings the rest.
+            let config = spec::MachineConfig { prefault: false, ..config.clone() };
+            let ram = memory::map(&config, memory::Backing::Empty)?;
+            let served = lazy.begin(&ram, if huge { 2 << 20 } else { 4096 })?;
+            Ok((ram, Beneath::Unknown, Some(served)))
+        }
         // Pages of the reserved pool cannot be those of a file.
-        Source::File(file) if config.huge_pages == spec::HugePages::Huge2M => {
-            read(&mut |offset, bytes| file.read_exact_at(bytes, offset))
+        source if huge => {
+            let ram = empty()?;
+            let read = |offset, bytes: &mut [u8]| source.read(offset, bytes);
+            capture::fill(&ram, &pages::pieces(&ram), read).map_err(BuildError::Read)?;
+            Ok((ram, Beneath::Nothing, None))
         }
         Source::File(file) => {
             let ram = memory::map(config, memory::Backing::File(file))?;
-            Ok((ram, Beneath::File(Arc::clone(file))))
+            Ok((ram, Beneath::File(Arc::clone(file)), None))
         }
-        Source::Read(from) => read(from),
+        Source::Layers(layers) => {
+            let ram = memory::map(config, memory::Backing::Layers(layers))?;
+            Ok((ram, Beneath::Layers(Arc::clone(layers)), None))
+        }
     }
 }
 
@@ -442,7 +480,7 @@ impl State<'_> {
         annex: &Annex,
         config: &spec::MachineConfig,
     ) -> Result<u8, BuildError> {
-        let Restored { mut saved, memory: mut source, clock } = restored;
+        let Restored { mut saved, memory: source, clock } = restored;
         saved.clock()?.load(host.vm(), clock).map_err(SavedError::from)?;
         saved.irqchip()?.load(host.vm()).map_err(SavedError::from)?;
         // At most 64 vCPUs.
@@ -475,15 +513,9 @@ impl State<'_> {
         }
         self.board.power.restore(&saved.section("power")?).map_err(SavedError::from)?;
         let pieces = capture::plugged(memory, annex);
-        match &mut source {
-            _ if pieces.is_empty() => {}
-            Source::File(file) => {
-                let read = |offset, bytes: &mut [u8]| file.read_exact_at(bytes, offset);
-                capture::fill(memory, &pieces, read).map_err(BuildError::Read)?;
-            }
-            Source::Read(read) => {
-                capture::fill(memory, &pieces, read).map_err(BuildError::Read)?;
-            }
+        if !pieces.is_empty() {
+            let read = |offset, bytes: &mut [u8]| source.read(offset, bytes);
+            capture::fill(memory, &pieces, read).map_err(BuildError::Read)?;
         }
         let renewed = generation::renew(memory, &self.board.power);
         renewed.map_err(named("The generation id".to_owned()))?;

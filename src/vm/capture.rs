@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{
     Vm, VmError,
     annex::Annex,
+    lazy::Layers,
     pages::{self, PageMap, Piece, Which},
 };
 use crate::snapshot::{
@@ -34,6 +35,8 @@ pub enum Beneath {
     Nothing,
     /// A memory file, mapped privately.
     File(Arc<File>),
+    /// Parts of several, each at its own offset.
+    Layers(Layers),
     /// What another process serves: every page has to be touched to be had.
     Unknown,
 }
@@ -148,7 +151,7 @@ impl Vm {
     /// Adds the pages of `piece` that are the machine's own.
     fn own(&self, map: Option<&PageMap>, piece: Piece, found: &mut Gathering) {
         let which = match self.beneath {
-            Beneath::File(_) => Which::Own,
+            Beneath::File(_) | Beneath::Layers(_) => Which::Own,
             Beneath::Nothing | Beneath::Unknown => Which::Touched,
         };
         let known = !matches!(self.beneath, Beneath::Unknown);
@@ -163,14 +166,21 @@ impl Vm {
 
     /// Adds what shows through between two runs of the machine's own pages.
     fn gap(&self, changed_only: bool, run: Run, parts: &mut Vec<Part>) {
-        if let (false, false, Beneath::File(file)) = (changed_only, run.is_empty(), &self.beneath) {
-            // Only RAM comes from the file; memory that was plugged is read from it.
-            let ram: u64 = pages::pieces(&self.ram).iter().map(|piece| piece.len).sum();
-            let end = run.end.min(ram);
-            if run.start < end {
-                let from = From::File(Arc::clone(file));
-                parts.push(Part { offset: run.start, len: end - run.start, from });
+        if changed_only || run.is_empty() {
+            return;
+        }
+        // Only RAM comes from the file; memory that was plugged is read from it.
+        let ram: u64 = pages::pieces(&self.ram).iter().map(|piece| piece.len).sum();
+        let run = run.within(Run { start: 0, end: ram });
+        let mut add = |run: Run, file: &Arc<File>| {
+            if !run.is_empty() {
+                parts.push(Part { offset: run.start, len: run.len(), from: From::File(Arc::clone(file)) });
             }
+        };
+        match &self.beneath {
+            Beneath::File(file) => add(run, file),
+            Beneath::Layers(layers) => layers.iter().for_each(|(layer, file)| add(run.within(*layer), file)),
+            Beneath::Nothing | Beneath::Unknown => {}
         }
     }
 }

@@ -7,7 +7,7 @@
 //! reserved, so a machine costs the host what it touched. One slot for each region of RAM, never
 //! split.
 
-use std::{fs::File, io, os::fd::AsRawFd};
+use std::{fs::File, io, os::fd::AsRawFd, sync::Arc};
 
 use api::spec::{HugePages, MachineConfig};
 use devices::Memory;
@@ -18,6 +18,8 @@ use vm_memory::{
     bitmap::AtomicBitmap,
     mmap::{MmapRegionBuilder, MmapRegionError},
 };
+
+use crate::snapshot::extents::Run;
 
 /// Why guest memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +78,8 @@ pub enum Backing<'a> {
     /// Private copies of a file's pages, made as they are written. RAM lies in the file from its
     /// beginning, region after region.
     File(&'a File),
+    /// The same from parts of several files, each at its own offset. What no part covers is zero.
+    Layers(&'a [(Run, Arc<File>)]),
 }
 
 /// Maps the memory a machine asks for.
@@ -95,9 +99,10 @@ pub fn map(config: &MachineConfig, backing: Backing<'_>) -> Result<Memory, Memor
         let mut flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         let mut hint = "";
         let file = match backing {
-            Backing::Empty => None,
+            Backing::Empty | Backing::Layers(_) => None,
             Backing::File(file) => Some((file, offset)),
         };
+        let region = Run { start: offset, end: offset + len };
         offset += len;
         if config.huge_pages == HugePages::Huge2M {
             // Huge pages are reserved at once: a guest must not die of an empty pool later.
@@ -106,6 +111,9 @@ pub fn map(config: &MachineConfig, backing: Backing<'_>) -> Result<Memory, Memor
         }
         let failed = |source| MemoryError::Map { mib: len >> 20, hint, source };
         let at = map_aligned(size, flags, file).map_err(|e| failed(MmapRegionError::Mmap(e)))?;
+        if let Backing::Layers(layers) = backing {
+            lay(at, region, layers).map_err(|e| failed(MmapRegionError::Mmap(e)))?;
+        }
         // SAFETY: `at` is a fresh mapping of `size` bytes with this protection and these
         // flags; it is never unmapped, as the region says of itself (it does not own it).
         let mapping = unsafe {
@@ -121,7 +129,12 @@ pub fn map(config: &MachineConfig, backing: Backing<'_>) -> Result<Memory, Memor
             let _ = advise(mapping.as_ptr(), size, libc::MADV_HUGEPAGE);
         }
         if config.prefault {
-            advise(mapping.as_ptr(), size, libc::MADV_POPULATE_WRITE).map_err(MemoryError::Populate)?;
+            // Pages of a file are brought, and shared until the guest writes to them.
+            let advice = match backing {
+                Backing::Empty => libc::MADV_POPULATE_WRITE,
+                Backing::File(_) | Backing::Layers(_) => libc::MADV_POPULATE_READ,
+            };
+            advise(mapping.as_ptr(), size, advice).map_err(MemoryError::Populate)?;
         }
         regions.push(GuestRegionMmap::new(mapping, base).ok_or(MemoryError::Regions)?);
     }
@@ -167,6 +180,30 @@ fn map_aligned(size: usize, flags: i32, file: Option<(&File, u64)>) -> io::Resul
         libc::munmap(at.byte_add(end), room - before - end);
         Ok(at.cast())
     }
+}
+
+/// Maps the parts of files that lie in `region` over its mapping at `at`.
+fn lay(at: *mut u8, region: Run, layers: &[(Run, Arc<File>)]) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let wrong = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    for (run, file) in layers {
+        let run = run.within(region);
+        if run.is_empty() {
+            continue;
+        }
+        let offset = libc::off_t::try_from(run.start).map_err(wrong)?;
+        let skip = usize::try_from(run.start - region.start).map_err(wrong)?;
+        let len = usize::try_from(run.len()).map_err(wrong)?;
+        let open = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the run lies inside the region, whose mapping is fresh and nobody else's; the
+        // file is open for the length of the call.
+        let mapped =
+            unsafe { libc::mmap(at.byte_add(skip).cast(), len, open, flags, file.as_raw_fd(), offset) };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Gives each region of `memory` to KVM as a slot of its own, and returns the number of the

@@ -28,6 +28,7 @@ pub mod generation;
 pub mod handed;
 pub mod host;
 pub mod kvm;
+pub mod lazy;
 pub mod loading;
 pub mod memory;
 pub mod pages;
@@ -187,6 +188,8 @@ pub struct Vm {
     /// What was written before KVM's record began anew, and is in no snapshot.
     pub(crate) carried: Gathering,
     pub(crate) host: Arc<host::KvmHost>,
+    /// Who brings pages of RAM that are missing.
+    pub(crate) served: Option<lazy::Served>,
 }
 
 impl Vm {

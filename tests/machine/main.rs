@@ -34,6 +34,7 @@ mod guest;
 mod hostile;
 mod hotplug;
 mod kernel;
+mod lazy;
 mod net;
 mod process;
 mod side;

@@ -18,16 +18,16 @@ use crate::{
 };
 
 #[track_caller]
-fn done(outcome: Result<Value, api::client::ClientError>) {
+pub fn done(outcome: Result<Value, api::client::ClientError>) {
     assert_eq!(outcome.unwrap_or_else(|e| panic!("{e}")), Value::Null);
 }
 
-fn pause(client: &mut Client) {
+pub fn pause(client: &mut Client) {
     done(client.patch("/vm", Some(&json!({ "state": "Paused" }))));
 }
 
 /// Saves a machine, kills its monitor, and has another one take it up.
-fn handed_over(vm: Vm, create: &CreateSnapshot, load: &LoadSnapshot) -> Vm {
+pub fn handed_over(vm: Vm, create: &CreateSnapshot, load: &LoadSnapshot) -> Vm {
     let mut client = vm.client();
     pause(&mut client);
     done(client.put("/snapshot/create", Some(create)));
@@ -37,14 +37,14 @@ fn handed_over(vm: Vm, create: &CreateSnapshot, load: &LoadSnapshot) -> Vm {
     vm
 }
 
-fn directory(vm: &Vm, name: &str) -> (CreateSnapshot, LoadSnapshot) {
+pub fn directory(vm: &Vm, name: &str) -> (CreateSnapshot, LoadSnapshot) {
     let snapshot_path = vm.folder().join(name);
     let load =
         LoadSnapshot { snapshot_path: snapshot_path.clone(), resume_vm: true, ..LoadSnapshot::default() };
     (CreateSnapshot { snapshot_path, ..CreateSnapshot::default() }, load)
 }
 
-fn pair(vm: &Vm, name: &str) -> (CreateSnapshot, LoadSnapshot) {
+pub fn pair(vm: &Vm, name: &str) -> (CreateSnapshot, LoadSnapshot) {
     let (mut create, mut load) = directory(vm, &format!("{name}.state"));
     let backend_path = vm.folder().join(format!("{name}.memory"));
     create.mem_file_path = Some(backend_path.clone());
@@ -72,7 +72,7 @@ const COUNTING: &str = r#"
     part complaints sh -c 'dmesg | grep -A 12 -E "WARNING|BUG|lockup" || true'
 "#;
 
-fn counting(transport: Transport) -> (Setup, String) {
+pub fn counting(transport: Transport) -> (Setup, String) {
     let mut setup = Setup::new(Kernel::quick(), transport).size(2, 256).script(COUNTING);
     let path = setup.folder().join("disk");
     let sum = sha256(&random_file(&path, 8, 3));

@@ -274,6 +274,15 @@ impl Vm {
         fs::read_dir(format!("/proc/{}/fd", self.process.id())).unwrap().count()
     }
 
+    /// Page faults of the monitor's process so far, those of guests in KVM among them.
+    pub fn page_faults(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id())).unwrap();
+        let after = stat.rsplit_once(')').unwrap().1;
+        let field = |n: usize| after.split_whitespace().nth(n).unwrap().parse::<u64>().unwrap();
+        // Fields 10 and 12 of proc(5): those without and with a wait.
+        field(7) + field(9)
+    }
+
     /// Sends the monitor a signal.
     pub fn signal(&self, number: i32) {
         self.process.signal(number);

@@ -258,7 +258,9 @@ pub struct LoadSnapshot {
     /// What is brought into memory beforehand. *Ours.*
     #[serde(default, skip_serializing_if = "is_default")]
     pub prefetch: Prefetch,
-    /// Record what the guest uses, for later loads. *Ours.*
+    /// Record what the guest uses in its first second, for later loads, in place of what was
+    /// recorded before. Without it that is done where nothing is recorded yet and `prefetch` is
+    /// `working_set`. *Ours.*
     #[serde(default, skip_serializing_if = "is_default")]
     pub record_working_set: bool,
     /// Where parents and stores are looked for besides where the snapshot says. *Ours.*

@@ -47,7 +47,7 @@ fn line(dir: &Path, diffs: u64, manner: &Manner<'_>) -> (PathBuf, BTreeMap<u64, 
 }
 
 fn source(path: &Path) -> Box<ChainSource> {
-    Box::new(ChainSource::new(Chain::open(path, &Search::default()).unwrap()))
+    Box::new(ChainSource::new(Arc::new(Chain::open(path, &Search::default()).unwrap())))
 }
 
 fn check(area: Area, memory: &BTreeMap<u64, Vec<u8>>) {

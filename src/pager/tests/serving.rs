@@ -99,9 +99,9 @@ fn what_was_touched_is_recorded_until_asked() {
         area.page(number);
     }
     let run = |start, end| Run { start: start * PAGE, end: end * PAGE };
-    assert_eq!(pager.take_touched().runs(), [run(0, 32), run(192, 208)]);
+    assert_eq!(pager.touched().take().runs(), [run(0, 32), run(192, 208)]);
     area.page(900);
-    assert_eq!(pager.take_touched(), Extents::default());
+    assert_eq!(pager.touched().take(), Extents::default());
 }
 
 #[test]

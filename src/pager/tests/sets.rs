@@ -102,7 +102,7 @@ fn a_set_of_the_pager_is_brought_first() {
     let pager = Pager::start(&[area.range(0)], source, &Prefetch::default(), true, never()).unwrap();
     work(area);
     let without = pager.served().faults;
-    let touched = pager.take_touched();
+    let touched = pager.touched().take();
     place(&snapshot).publish(&WorkingSet { touched, ..WorkingSet::default() }).unwrap();
 
     let first = place(&snapshot).read().unwrap().touched;
