@@ -7,7 +7,7 @@ use api::spec::Transport;
 use crate::{kernel::Kernel, vm::Setup};
 
 /// Prints `$2` bytes at physical address `$1`, in hexadecimal.
-const PEEK: &str = r#"
+pub const PEEK: &str = r#"
 peek() { dd if=/dev/mem bs=16 skip=$(($1 / 16)) count=$(($2 / 16)) 2>/dev/null | hexdump -v -e '/1 "%02x"'; }
 "#;
 

@@ -2,7 +2,7 @@
 //! guest, the host's own files, taps and sockets.
 //!
 //! ```text
-//!   boot  block  net  vsock  hostile  hotplug  vcpus  snapshot  api_*  ..   what is tested
+//!   boot  block  net  vsock  hostile  hotplug  vcpus  snapshot  restored  api_*  ..   what is tested
 //!        |                       |
 //!        v                       |
 //!   vm: Setup -> Vm -> Ended     |            one machine: its process, console and log
@@ -37,6 +37,7 @@ mod kernel;
 mod lazy;
 mod net;
 mod process;
+mod restored;
 mod side;
 mod snapshot;
 mod vcpus;

@@ -7,13 +7,19 @@
 //! |---|---|
 //! | `serve PORT COUNT` | takes COUNT vsock connections and sends back what each one sends |
 //! | `call PORT COUNT` | makes COUNT vsock connections to the host at once; on each sends what differs and expects it back |
+//! | `echo PORT` | serves two vsock connections until they end, and tells of one that breaks |
+//! | `lose PORT` | makes a vsock connection to the host, tells how it ends, and makes another one |
+//! | `random` | after each line it reads prints 32 random bytes; `end` ends it |
+//! | `clock` | after each line it reads prints the time; `end` ends it and tells how often time went back |
 
 use std::{
     env,
     fs::File,
     io::{Read, Write},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use crate::vm::random_bytes;
@@ -30,11 +36,15 @@ fn in_the_guest() {
     match words[0] {
         "serve" => serve(number(1), number(2)),
         "call" => call(number(1), number(2)),
+        "echo" => echo(number(1)),
+        "lose" => lose(number(1)),
+        "random" => random(),
+        "clock" => clock(),
         other => panic!("unknown task {other:?}"),
     }
 }
 
-fn serve(port: u32, count: u32) {
+fn listen(port: u32) -> OwnedFd {
     let listener = socket();
     checked(with_address(libc::VMADDR_CID_ANY, port, |address, len| {
         // SAFETY: an open socket, and an address of the length given.
@@ -43,14 +53,103 @@ fn serve(port: u32, count: u32) {
     // SAFETY: an open socket.
     checked(unsafe { libc::listen(listener.as_raw_fd(), 512) });
     println!("@serving={port}");
+    listener
+}
+
+fn accept(listener: &OwnedFd) -> File {
+    // SAFETY: an open socket; the caller's address is not asked for.
+    let fd = unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
+    checked(fd);
+    // SAFETY: a new descriptor that nobody else has.
+    File::from(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn connect(port: u32) -> File {
+    let stream = socket();
+    checked(with_address(libc::VMADDR_CID_HOST, port, |address, len| {
+        // SAFETY: an open socket, and an address of the length given.
+        unsafe { libc::connect(stream.as_raw_fd(), address, len) }
+    }));
+    File::from(stream)
+}
+
+fn echo(port: u32) {
+    let listener = listen(port);
+    let echoes = [(); 2].map(|()| {
+        let mut stream = accept(&listener);
+        thread::spawn(move || {
+            let mut piece = [0; 4096];
+            loop {
+                match stream.read(&mut piece) {
+                    Ok(0) => return,
+                    Ok(got) => stream.write_all(&piece[..got]).unwrap(),
+                    Err(e) => return println!("@dropped={}", e.raw_os_error().unwrap_or(0)),
+                }
+            }
+        })
+    });
+    echoes.into_iter().for_each(|echo| echo.join().unwrap());
+}
+
+fn lose(port: u32) {
+    let mut stream = connect(port);
+    println!("@connected={port}");
+    let end = stream.read(&mut [0; 1]);
+    println!("@lost={}", end.map_or_else(|e| e.raw_os_error().unwrap_or(0), |_| 0));
+    let mut text = String::new();
+    connect(port).read_to_string(&mut text).unwrap();
+    println!("@heard={text}");
+}
+
+/// Calls `f` with each line that is typed, up to `end`.
+fn each_line(mut f: impl FnMut(&str)) {
+    for line in std::io::stdin().lines() {
+        match line.unwrap().trim() {
+            "end" => return,
+            line => f(line),
+        }
+    }
+}
+
+fn random() {
+    println!("@asking=");
+    each_line(|line| {
+        let mut bytes = [0u8; 32];
+        // SAFETY: the pointer and length are those of a live array.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        assert_eq!(got, 32);
+        let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        println!("@{line}={digits}");
+    });
+}
+
+fn clock() {
+    static BACK: AtomicU32 = AtomicU32::new(0);
+    // Watched all the while: the moment that counts is the one in which the machine goes on.
+    thread::spawn(|| {
+        let mut last = Instant::now();
+        loop {
+            // Not `elapsed`, which takes times that went back for equal ones.
+            let now = Instant::now();
+            if now < last {
+                BACK.fetch_add(1, Ordering::Relaxed);
+            }
+            last = now;
+        }
+    });
+    println!("@ticking=");
+    each_line(|line| {
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        println!("@{line}={}", time.as_nanos());
+    });
+    println!("@back={}", BACK.load(Ordering::Relaxed));
+}
+
+fn serve(port: u32, count: u32) {
+    let listener = listen(port);
     let echoes: Vec<_> = (0..count)
         .map(|_| {
-            // SAFETY: an open socket; the caller's address is not asked for.
-            let fd =
-                unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) };
-            checked(fd);
-            // SAFETY: a new descriptor that nobody else has.
-            let mut stream = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+            let mut stream = accept(&listener);
             thread::spawn(move || {
                 let mut piece = vec![0; 16 << 10];
                 loop {
@@ -69,16 +168,7 @@ fn serve(port: u32, count: u32) {
 
 fn call(port: u32, count: u32) {
     // All are open before the first one speaks.
-    let streams: Vec<File> = (0..count)
-        .map(|_| {
-            let stream = socket();
-            checked(with_address(libc::VMADDR_CID_HOST, port, |address, len| {
-                // SAFETY: an open socket, and an address of the length given.
-                unsafe { libc::connect(stream.as_raw_fd(), address, len) }
-            }));
-            File::from(stream)
-        })
-        .collect();
+    let streams: Vec<File> = (0..count).map(|_| connect(port)).collect();
     for (seed, mut stream) in (0..).zip(streams) {
         let sent = random_bytes(CALL_BYTES, seed);
         let writer = stream.try_clone().unwrap();

@@ -22,7 +22,7 @@ const CONNECTIONS: u64 = 200;
 const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
 
 /// Connects to `port` in the guest as a host program does.
-fn connect(uds: &Path, port: u32) -> UnixStream {
+pub fn connect(uds: &Path, port: u32) -> UnixStream {
     let mut stream = UnixStream::connect(uds).unwrap();
     stream.set_read_timeout(PATIENCE).unwrap();
     stream.set_write_timeout(PATIENCE).unwrap();
