@@ -212,7 +212,6 @@ impl Vm {
     }
 
     /// A monitor beside this one, which knows of no machine yet, with its API's socket.
-    #[expect(dead_code, reason = "clones are tested next")]
     pub fn beside(&self, name: &str) -> (Vm, Client) {
         let folder = tempfile::tempdir_in(self.folder.path()).unwrap();
         let socket = folder.path().join("api");
