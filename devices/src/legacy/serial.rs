@@ -207,20 +207,24 @@ impl Serial {
         Section::new(KIND, 1, &saved)
     }
 
-    /// Takes over saved registers and the saved limit. A pending interrupt is raised again, because the one that
-    /// was raised may have been under way (a lost transmit interrupt stops a driver for good).
+    /// Takes over saved registers. A pending interrupt is raised again, because the one that was
+    /// raised may have been under way (a lost transmit interrupt stops a driver for good). The
+    /// limit is this port's own; where it is the one that was saved, its tokens come back.
     pub fn restore(&self, section: &Section) -> Result<(), StateError> {
         let saved: Saved = section.open(KIND, 1)?;
         let impossible = |reason: String| StateError::Impossible { kind: KIND, reason };
         let listens = saved.interrupt_enable & IER_RECEIVE != 0;
-        let limit = saved.limit.map(|bucket| Bucket::restore(&bucket, limiter::now())).transpose();
-        let limit = limit.map_err(impossible)?;
+        let bucket = saved.limit.map(|bucket| Bucket::restore(&bucket, limiter::now())).transpose();
+        let bucket = bucket.map_err(impossible)?;
         let state = saved.check()?;
         {
             let mut uart = lock(&self.uart);
             let line = uart.interrupt_evt().0.try_clone();
             let line = Line(line.map_err(|e| impossible(format!("no descriptor for its interrupt: {e}")))?);
             let (wire, limited) = (Arc::clone(&self.wire), Arc::clone(&self.limited));
+            let own = uart.writer_mut().limit.take();
+            let is_same = own.as_ref().map(Bucket::config) == bucket.as_ref().map(Bucket::config);
+            let limit = if is_same { bucket } else { own };
             let sender = Sender { wire, backlog: false, limit, limited };
             let events = uart.events().clone();
             *uart = Uart::from_state(&state, line, events, sender).map_err(|e| impossible(e.to_string()))?;

@@ -224,8 +224,12 @@ fn output_beyond_the_limit_is_dropped_and_counted() {
     assert_eq!(std::fs::read(&path).unwrap(), b"0123456all of this");
     assert_eq!(rig.counter("dropped_bytes"), 0, "the reader is not to blame");
     rig.serial.restore(&saved).unwrap();
+    rig.print(b"more");
+    assert_eq!(rig.counter("rate_limiter_dropped_bytes"), 3, "nobody limits this port any more");
+    rig.serial.limit(Some(bucket(4)));
+    rig.serial.restore(&saved).unwrap();
     rig.print(b"x");
-    assert_eq!(rig.counter("rate_limiter_dropped_bytes"), 4, "the limit came back, and its bucket is empty");
+    assert_eq!(rig.counter("rate_limiter_dropped_bytes"), 4, "the same limit, and its bucket is empty");
 }
 
 #[test]
