@@ -32,6 +32,8 @@ use crate::{host, kernel, lab};
 
 /// How long a monitor may take to serve.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long a monitor that has a socket is left alone: it may not listen yet.
+const REST: Duration = Duration::from_millis(50);
 /// How long a guest may take to start.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
 
@@ -154,6 +156,7 @@ impl Machine {
             }
             thread::sleep(Duration::from_millis(1));
         }
+        thread::sleep(REST);
         Ok(machine)
     }
 
