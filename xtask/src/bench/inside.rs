@@ -69,6 +69,8 @@ pub fn have_measured<P: Serialize, F: DeserializeOwned>(
     fs::write(&path, serde_json::to_vec(plan)?)?;
     let lab = lab::Lab {
         count_instructions: true,
+        // Room for a guest of 8 GiB, most of which nobody touches.
+        memory_mib: host::spare_memory_mib().min(10 << 10),
         processors: 1,
         time_limit: Some(Duration::from_secs(1800)),
         ..lab::Lab::default()
