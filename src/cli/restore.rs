@@ -326,3 +326,118 @@ impl Source {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        cli::keeper::steward,
+        snapshot::{Capture, Destination, Manner, Region, Subject, Writer},
+    };
+
+    const MAC: &str = "06:00:ab:ab:ab:00";
+
+    /// A snapshot of a container's machine: its image still there, its layer taken along.
+    fn snapshot(dir: &Path, machine: &Machine) -> PathBuf {
+        for (name, size) in [("image", 8192), ("upper", 1 << 20)] {
+            std::fs::write(dir.join(name), vec![7; size]).unwrap();
+        }
+        let spec = json!({
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": 1},
+            "drives": [
+                {"drive_id": IMAGE, "path_on_host": dir.join("image"), "is_root_device": true, "is_read_only": true},
+                {"drive_id": WRITABLE_LAYER, "path_on_host": dir.join("upper"), "is_root_device": false}
+            ],
+            "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": MAC}],
+            "vsock": {"guest_cid": 3, "uds_path": dir.join("v.sock")},
+            "serial": {"serial_out_path": dir.join("c.log"), "mode": "file"}
+        });
+        let plan = Plan {
+            spec: serde_json::from_value(spec.clone()).unwrap(),
+            setup: guest::protocol::Setup {
+                hostname: "old".into(),
+                entropy: vec![1; 8],
+                ..Default::default()
+            },
+            process: guest::protocol::ProcessSpec::default(),
+        };
+        std::fs::write(machine.file("plan.json"), serde_json::to_vec(&plan).unwrap()).unwrap();
+        let subject = Subject {
+            machine: spec,
+            regions: vec![Region { guest_address: 0, size: 1 << 20, offset: 0, page_size: 4096 }],
+            note: steward::note(machine).into(),
+            ..Subject::default()
+        };
+        let path = dir.join("taken");
+        let mut writer =
+            Writer::begin(Destination::new(path.clone()), subject, Manner::default(), None).unwrap();
+        for (id, name) in [(IMAGE, "image"), (WRITABLE_LAYER, "upper")] {
+            let file = std::fs::File::open(dir.join(name)).unwrap();
+            writer.drive(id, dir.join(name).to_str().unwrap(), Capture::Copy, &file).unwrap();
+        }
+        writer.finish().unwrap();
+        path
+    }
+
+    fn made(state: &State, source: &Source, name: &str, words: &[&str]) -> Outcome<Machine> {
+        let settings: Vec<Setting> = words.iter().map(|word| overrides::setting(word).unwrap()).collect();
+        let scaffold = Scaffold::begin(state).unwrap();
+        let wanted = Wanted { name: name.to_owned(), number: 2, ephemeral: true, settings: &settings };
+        let machine = source.make(state, &scaffold, &wanted, &())?;
+        scaffold.runs(&machine);
+        Ok(machine)
+    }
+
+    #[test]
+    fn a_machine_of_a_snapshot_has_files_and_addresses_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::at(dir.path().join("s")).unwrap();
+        let original = Record { env: vec!["A=b".into()], ..Record::example(&"ab".repeat(32), "web") };
+        let path = snapshot(dir.path(), &state.create(original).unwrap());
+        let source = Source::open(&path).unwrap();
+        assert_eq!(source.name(), Some("web"));
+        let tap = "network-interfaces.eth0.host_dev_name=tap{n}";
+        let ip = "network-interfaces.eth0.ip=10.0.0.{n}/24";
+        let machine = made(&state, &source, "two", &[tap, ip]).unwrap();
+        let record = &machine.record;
+        assert_eq!((&record.env, record.ephemeral, record.started), (&vec!["A=b".to_owned()], true, None));
+        let text = std::fs::read(machine.file("restore.json")).unwrap();
+        let Revival { load, is_new, network } = serde_json::from_slice(&text).unwrap();
+        assert!(is_new);
+        assert_eq!(load.snapshot_path, path);
+        let paths: Vec<_> = load.drive_overrides.iter().map(|d| d.path_on_host.clone().unwrap()).collect();
+        assert_eq!(paths, [dir.path().join("image"), machine.file("upper.img")]);
+        assert!(std::fs::read(machine.file("upper.img")).unwrap() == vec![7; 1 << 20]);
+        assert_eq!(load.vsock_override.unwrap().uds_path, machine.vsock());
+        assert_eq!(load.serial_override.unwrap().serial_out_path, Some(machine.file("console.log")));
+        assert_eq!(load.network_overrides[0].host_dev_name.as_deref(), Some("tap2"));
+        let [interface] = &network[..] else { panic!("{network:?}") };
+        assert_eq!((interface.mac.as_str(), &interface.addresses[0][..]), (MAC, "10.0.0.2/24"));
+        assert_eq!(interface.new_mac, load.network_overrides[0].guest_mac);
+        assert_ne!(interface.new_mac.as_deref(), Some(MAC));
+        let plan = machine.plan().unwrap();
+        assert_eq!((plan.setup.hostname.as_str(), plan.setup.entropy.len()), ("two", 0));
+        assert_eq!(plan.spec.drives[1].path_on_host, machine.file("upper.img"));
+    }
+
+    #[test]
+    fn a_drive_that_is_set_is_not_copied_and_a_machine_that_cannot_be_made_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::at(dir.path().join("s")).unwrap();
+        let original = state.create(Record::example(&"ab".repeat(32), "web")).unwrap();
+        let path = snapshot(dir.path(), &original);
+        let source = Source::open(&path).unwrap();
+        let machine = made(&state, &source, "two", &["drives.upper.path=/mine.img"]).unwrap();
+        assert!(!machine.file("upper.img").exists());
+        let said = |name: &str, words: &[&str]| made(&state, &source, name, words).unwrap_err().message;
+        assert!(said("two", &[]).contains("taken"));
+        assert!(said("three", &["drives.uper.path=/x"]).contains("did you mean upper?"));
+        // A copy that cannot be made takes the machine with it.
+        std::fs::remove_file(path.join("drive-1")).unwrap();
+        assert!(said("three", &[]).contains("Drive upper cannot be copied"));
+        assert_eq!(state.machines().unwrap().len(), 2);
+        assert_eq!(std::fs::read_dir(state.making()).unwrap().count(), 0);
+    }
+}

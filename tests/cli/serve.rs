@@ -240,6 +240,38 @@ fn a_machine_of_a_specification_is_configured_started_and_ended_through_the_serv
 }
 
 #[test]
+fn a_machine_of_a_specification_is_suspended_and_goes_on_and_is_copied() {
+    let host = Host::new();
+    let service = Service::start(&host, &[]);
+    let kernel = PathBuf::from(kernel());
+    let images = ["vmlinux", "bzImage", "vmlinuz"].map(|name| kernel.join(name));
+    let image = images.into_iter().find(|path| path.is_file()).unwrap_or(kernel);
+    // It panics for want of a root file system and stays as it is: a guest without an agent.
+    let boot = json!({ "kernel_image_path": image, "boot_args": "console=ttyS0 panic=0" });
+    let spec = json!({ "boot-source": boot, "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 } });
+    let (status, machine) = service.ask("POST", "/machines", Some(&json!({ "name": "bare", "spec": spec })));
+    assert_eq!(status, 201, "{machine}");
+    let log = || host.nacelle(&["logs", "bare"]).expect(0).text();
+    wait_until("the guest to be up", || log().contains("end Kernel panic"));
+    let before = log();
+    assert_eq!(service.ask("POST", "/machines/bare/suspend", None).0, 204);
+    assert_eq!(service.get("/machines/bare")["state"]["status"], "suspended");
+    let (status, refused) = service.ask("GET", "/machines/bare/vm/config", None);
+    assert_eq!((status, refused["fault_message"].as_str().unwrap().contains("suspended")), (409, true));
+    assert_eq!(service.ask("POST", "/machines/bare/resume", None).0, 204);
+    assert_eq!(service.get("/machines/bare/")["state"], "Running");
+    assert_eq!(log(), before, "the log is the same file, and it did not boot again");
+    assert_eq!(service.ask("POST", "/machines/nobody/suspend", None).0, 404);
+    host.nacelle(&["fork", "-q", "--name", "copy", "bare"]).expect(0);
+    assert_eq!(service.get("/machines/copy-1/")["state"], "Running");
+    for name in ["bare", "copy-1"] {
+        assert_eq!(service.ask("DELETE", &format!("/machines/{name}?force=true"), None).0, 204);
+    }
+    drop(service);
+    host.assert_nothing_left();
+}
+
+#[test]
 fn what_is_asked_wrong_is_refused_in_words_and_changes_nothing() {
     let host = Host::new();
     let service = Service::start(&host, &[]);

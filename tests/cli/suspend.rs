@@ -287,3 +287,108 @@ fn settled(host: &Host, name: &str) {
         !entries(Path::new(&dir)).iter().any(|path| path.display().to_string().contains(".nacelle-snapshot-"))
     });
 }
+
+#[test]
+fn interrupted_commands_leave_machines_that_run_and_nothing_else() {
+    let host = Host::new();
+    host.detached("web", COUNTER);
+    let dir = host.dir().join("taken");
+    let at = dir.to_str().unwrap().to_owned();
+    for delay in [5, 30, 80, 200] {
+        let interrupted = |words: &[&str]| {
+            let running = Running::start(host.command(words), None);
+            thread::sleep(Duration::from_millis(delay));
+            running.signal(libc::SIGINT);
+            running.end(LIMIT)
+        };
+        let ended = interrupted(&["snapshot", "-q", "web", &at]);
+        assert_eq!(dir.exists(), ended.code == 0, "{}", ended.err);
+        let _ = fs::remove_dir_all(&dir);
+        let ended = interrupted(&["fork", "-q", "-n", "2", "web"]);
+        let count = host.machines().len();
+        assert_eq!(count, if ended.code == 0 { 3 } else { 1 }, "exit code {}: {}", ended.code, ended.err);
+        for name in ["web-1", "web-2"].iter().filter(|_| ended.code == 0) {
+            host.nacelle(&["rm", "-f", name]).expect(0);
+        }
+        interrupted(&["suspend", "-q", "web"]);
+        settled(&host, "web");
+        host.nacelle(&["resume", "web"]).expect(0);
+        counts(&host, "web");
+        let left =
+            entries(host.dir()).into_iter().filter(|path| path.display().to_string().contains("nacelle-"));
+        assert_eq!(left.collect::<Vec<_>>(), Vec::<std::path::PathBuf>::new());
+        assert!(entries(&host.dir().join("state/making")).is_empty());
+    }
+    host.nacelle(&["rm", "-f", "web"]).expect(0);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_keeper_that_is_killed_leaves_the_snapshot_or_a_machine_that_has_ended() {
+    let host = Host::new();
+    for delay in [0, 10, 40, 100, 250] {
+        host.run(&["-d", "--rm", "--name", "web"], COUNTER).expect(0);
+        counts(&host, "web");
+        let keeper = process(&host, "web", "keeper");
+        let running = Running::start(host.command(&["suspend", "-q", "web"]), None);
+        thread::sleep(Duration::from_millis(delay));
+        // SAFETY: plain numbers; the keeper of a machine of this test's, or nobody.
+        unsafe { libc::kill(keeper, libc::SIGKILL) };
+        let ended = running.end(LIMIT);
+        wait_until("its processes to be gone", || host.processes().is_empty());
+        match host.listed("web")["status"].as_str() {
+            Some("suspended") => {
+                // What removes it at its end does not remove it when it is suspended.
+                assert_eq!(ended.code, 0, "{}", ended.err);
+                host.nacelle(&["resume", "web"]).expect(0);
+                counts(&host, "web");
+                host.nacelle(&["stop", "web"]).expect(0);
+                wait_until("it to be removed at its end", || host.machines().is_empty());
+            }
+            status => {
+                assert_eq!(status, Some("dead"));
+                assert_ne!(ended.code, 0);
+                host.nacelle(&["rm", "web"]).expect(0);
+            }
+        }
+        host.assert_nothing_left();
+    }
+}
+
+#[test]
+fn forks_on_taps_of_their_own_have_other_addresses() {
+    let host = Host::new();
+    let ip = |line: &str| {
+        let output =
+            std::process::Command::new("ip").args(line.split(' ')).output().expect("iproute2 is there");
+        assert!(output.status.success(), "ip {line}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    for name in ["nctap", "nctap1", "nctap2"] {
+        // One that an earlier, killed run has left behind.
+        let _ = std::process::Command::new("ip").args(["link", "del", name]).output();
+        ip(&format!("tuntap add {name} mode tap vnet_hdr"));
+    }
+    host.run(&["-d", "--name", "net", "--tap", "nctap,ip=10.9.0.2/24,gw=10.9.0.1"], "exec sleep 1000")
+        .expect(0);
+    // The tap is taken.
+    let ended = host.nacelle(&["fork", "-q", "net"]).expect(1).says(&["net-1", "nctap"]);
+    assert!(ended.out.is_empty() && host.machines().len() == 1);
+    let tap = "network-interfaces.eth0.host_dev_name=nctap{n}";
+    let address = "network-interfaces.eth0.ip=10.9.0.1{n}/24";
+    host.nacelle(&["fork", "-q", "-n", "2", "--set", tap, "--set", address, "net"]).expect(0);
+    let mut macs = Vec::new();
+    for (name, own) in [("net", "10.9.0.2"), ("net-1", "10.9.0.11"), ("net-2", "10.9.0.12")] {
+        let seen = exec(&host, name, "ifconfig eth0 || ip addr show eth0");
+        assert!(seen.contains(&format!("{own} ")) || seen.contains(&format!("{own}/24")), "{name}: {seen}");
+        let mac = seen.split_whitespace().find(|word| word.to_lowercase().starts_with("06:"));
+        macs.push(mac.expect("a hardware address").to_lowercase());
+    }
+    macs.sort();
+    macs.dedup();
+    assert_eq!(macs.len(), 3, "{macs:?}");
+    host.nacelle(&["rm", "-f", "net", "net-1", "net-2"]).expect(0);
+    for name in ["nctap", "nctap1", "nctap2"] {
+        ip(&format!("link delete {name}"));
+    }
+    host.assert_nothing_left();
+}
