@@ -44,7 +44,7 @@ use api::Spec;
 use carriage::Carriage;
 use guest::{
     client::{Agent, ReadyListener},
-    protocol::{Exit, ExitStatus, MAIN, ProcessSpec, Setup},
+    protocol::{Exit, ExitStatus, MAIN, ProcessSpec, Setup, Size},
 };
 use serde::{Deserialize, Serialize};
 
@@ -95,14 +95,6 @@ pub enum Attached {
 /// a command that was stopped.
 const EXIT_SUSPENDED: u8 = 148;
 
-/// How a keeper's time with a machine is over.
-pub(super) enum Ended<T> {
-    /// The machine has ended.
-    Over(T),
-    /// It is in a snapshot and goes on from there.
-    Suspended,
-}
-
 /// Keeps `machine` from its start, or from where a snapshot left it, to its end. `started` is
 /// called once its command runs. Returns the exit code; an error means that the command did not
 /// run, or that nobody knows how it ended.
@@ -124,7 +116,13 @@ pub fn keep(
         // What does not come up stays in its snapshot.
         Some(revival) => {
             let monitor = revival.load(machine, &signals)?;
-            revival.reach(machine, monitor, &signals)
+            let reached = revival.reach(machine, monitor, &signals);
+            let size = terminal::size(1).filter(|_| attached == Attached::Yes && process.terminal.is_some());
+            reached.map(|(monitor, mut agent)| {
+                // The terminal is another one than it was started at.
+                let _ = size.map(|(rows, cols)| agent.resize(MAIN, Size { rows, cols }));
+                (monitor, agent)
+            })
         }
     };
     let attend =
@@ -132,8 +130,8 @@ pub fn keep(
     let outcome = begun.and_then(attend);
     terminal::restore();
     match outcome {
-        Ok(Ended::Suspended) => lay_down(machine, attached),
-        Ok(Ended::Over(exit)) => conclude(machine, Ok(end_of(&exit))),
+        Ok(None) => lay_down(machine, attached),
+        Ok(Some(exit)) => conclude(machine, Ok(end_of(&exit))),
         Err(failure) => conclude(machine, Err(failure)),
     }
 }
@@ -206,7 +204,8 @@ fn boot(machine: &mut Machine, mut plan: Plan, signals: &Signals) -> Outcome<(Mo
     Ok((monitor, agent))
 }
 
-/// Carries the streams of a command that runs until its end, or until it is suspended.
+/// Carries the streams of a command that runs until its end; nothing comes back when it was
+/// suspended instead.
 fn attend(
     machine: &Machine,
     process: &ProcessSpec,
@@ -214,7 +213,7 @@ fn attend(
     signals: &Arc<Signals>,
     (mut monitor, mut agent, keeps): (Monitor, Agent, bool),
     started: impl FnOnce(&Machine),
-) -> Outcome<Ended<Exit>> {
+) -> Outcome<Option<Exit>> {
     let carriage = Arc::new(Mutex::new(Some(Carriage::begin(machine, process, attached)?)));
     let steward = Steward::start(machine, Some(Arc::clone(&carriage)))?;
     started(machine);
@@ -229,8 +228,8 @@ fn attend(
     drop(steward);
     finish(&carriage);
     match waited {
-        Err(_) if machine.suspended().exists() => Ok(Ended::Suspended),
-        waited => waited.map(Ended::Over),
+        Err(_) if machine.suspended().exists() => Ok(None),
+        waited => waited.map(Some),
     }
 }
 

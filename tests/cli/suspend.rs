@@ -4,7 +4,10 @@ use std::{fs, path::Path, thread, time::Duration};
 
 use serde_json::Value;
 
-use super::host::{Host, LIMIT, Running, SMALL, entries, test_image, wait_until};
+use super::{
+    host::{Host, LIMIT, Running, SMALL, entries, test_image, wait_until},
+    terminal::Terminal,
+};
 
 /// Counts in the memory of the shell, ten times a second; ends with code 7 when told.
 const COUNTER: &str = "trap 'echo bye; exit 7' TERM; i=0; while :; do i=$((i+1)); echo $i; echo $i >/count; \
@@ -390,5 +393,53 @@ fn forks_on_taps_of_their_own_have_other_addresses() {
     for name in ["nctap", "nctap1", "nctap2"] {
         ip(&format!("link delete {name}"));
     }
+    host.assert_nothing_left();
+}
+
+#[test]
+fn output_that_streams_through_suspensions_is_whole() {
+    let host = Host::new();
+    // More than any buffer between the shell and the log holds, at the speed of the shell.
+    let script = "i=0; while [ $i -lt 40000 ]; do i=$((i+1)); echo $i; done; exit 5";
+    host.detached("stream", script);
+    let mut times = 0;
+    while host.listed("stream")["status"] == "running" && times < 4 {
+        // It may have ended between the look and the call.
+        if host.nacelle(&["suspend", "-q", "stream"]).code == 0 {
+            times += 1;
+            host.nacelle(&["resume", "stream"]).expect(0);
+        }
+    }
+    assert!(times > 0, "it was over before it could be suspended");
+    assert_eq!(host.nacelle(&["wait", "stream"]).expect(0).text(), "5\n");
+    let printed = host.nacelle(&["logs", "stream"]).expect(0).text();
+    let expected: String = (1..=40000).map(|number| format!("{number}\n")).collect();
+    let (seen, wanted) = (printed.lines().count(), expected.lines().count());
+    assert!(printed == expected, "{seen} lines of {wanted}, suspended {times} times");
+    host.nacelle(&["rm", "stream"]).expect(0);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn a_terminal_is_given_back_and_taken_up_again() {
+    let host = Host::new();
+    let image = test_image();
+    let line = [&["run", "-q", "-it", "--name", "tty"], &SMALL[..], &[&image, "sh"]].concat();
+    let mut terminal = Terminal::start(host.command(&line));
+    terminal.see("# ");
+    terminal.type_keys("x=41; echo ready$((x+1))\r");
+    terminal.see("ready42");
+    host.nacelle(&["suspend", "-q", "tty"]).expect(0);
+    assert_eq!(terminal.end(), 148);
+    assert!(terminal.is_cooked());
+    let mut terminal = Terminal::start(host.command(&["resume", "-a", "tty"]));
+    // The same shell, with what it had in memory.
+    terminal.type_keys("echo again$((x+2))\r");
+    terminal.see("again43");
+    terminal.resize(40, 120);
+    terminal.type_keys("while [ \"$(stty size)\" != '40 120' ]; do sleep 0.1; done; exit 9\r");
+    assert_eq!(terminal.end(), 9);
+    assert!(terminal.is_cooked());
+    host.nacelle(&["rm", "tty"]).expect(0);
     host.assert_nothing_left();
 }
