@@ -80,6 +80,10 @@ enum Event {
     Ejected(u8),
     /// A vCPU met what a debugger has set.
     Debugged,
+    /// Memory is there of which a snapshot is to be taken.
+    MemoryBrought(Box<spec::CreateSnapshot>),
+    /// A snapshot needs only memory any more.
+    DrivesCopied,
     /// A snapshot was written, or was not.
     SnapshotEnded(Box<snapshot::Outcome>),
 }
@@ -273,6 +277,8 @@ impl Controller {
                         self.announce(kind, details);
                     }
                     Event::Ejected(slot) => self.slot_emptied(slot),
+                    Event::MemoryBrought(create) => self.memory_brought(*create),
+                    Event::DrivesCopied => self.release_machine(),
                     Event::SnapshotEnded(outcome) => self.snapshot_ended(*outcome),
                     Event::Debugged => self.live.iter_mut().for_each(Live::debugged),
                     Event::Call(request, reply) => {
@@ -390,7 +396,7 @@ impl Controller {
             Request::PatchMmds(data) => self.patch_metadata(data).map(|()| Reply::Done),
             Request::Start => self.launch().map(|()| Reply::Done),
             Request::Stop => Ok(Reply::Done),
-            Request::CreateSnapshot(create) => self.create_snapshot(create, before),
+            Request::CreateSnapshot(create) => self.create_snapshot(create),
             Request::SnapshotJobs | Request::SnapshotJob(_) | Request::CancelSnapshot(_) => {
                 self.about_jobs(&request)
             }

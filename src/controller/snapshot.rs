@@ -1,14 +1,18 @@
 //! Snapshots that are being written.
 //!
 //! ```text
-//!   PUT /snapshot/create ─► capture (machine stands still) ─► thread: pages, drives, publish
+//!   PUT /snapshot/create ─► capture (machine stands still) ─► thread: drives, pages, publish
 //!                                │                                │ progress, cancel
 //!                                └► job: 202, or an answer later ◄┘ event, lineage
+//!
+//!   live   memory that is served ─► capture, image ─► drives copied ─► goes on ─► pages of the image
+//!          is brought, on a thread       └────── stands still ──────┘
 //! ```
 //!
 //! A snapshot is captured on this thread and written on another, so that a machine whose memory
 //! takes a minute to write is still asked how it is, how far it is, or to stop. One is written at a
-//! time. A machine that is to stand still while it is written cannot be resumed before.
+//! time. A machine that is to stand still while it is written cannot be resumed before. With `live` it
+//! stands still until its memory is held as it was ([`crate::vm::image`]) and its drives are copied.
 //!
 //! Whatever goes wrong, the machine is as it was: what was to be in the snapshot is captured again
 //! by the next one.
@@ -44,7 +48,11 @@ use crate::{
         self, Destination, Manner, PairWriter, Parent, SnapshotError, Store, Subject, Watch, Writer,
         disk::HostDisk, extents::Run, hint_from, manifest,
     },
-    vm::capture::{From, Part},
+    vm::{
+        capture::{From, Part},
+        image::{self, Image},
+        pages::Piece,
+    },
 };
 
 /// Jobs that have ended and are still told of.
@@ -87,12 +95,18 @@ struct Running {
     thread: Option<thread::JoinHandle<()>>,
     /// Clients that are answered when it is done.
     waiting: Option<Ticket>,
-    /// When the machine came to stand still for it.
-    stood_still: Instant,
-    /// The machine is to go on when it is done.
-    resume: bool,
+    /// Since when the machine stands still for it, while it does.
+    held: Option<Instant>,
     /// What it took from the record of what was written.
     dirty: Vec<Run>,
+}
+
+impl Running {
+    fn busy(&self) -> Fault {
+        let id = self.job.id;
+        let text = format!("A snapshot is being written (job {id}); wait until it is done, or cancel it");
+        Fault::new(FaultKind::Conflict, text)
+    }
 }
 
 /// What became of one.
@@ -121,18 +135,15 @@ impl Jobs {
         self.shown().find(|job| job.id == id).ok_or_else(missing)
     }
 
+    /// Refuses a second one.
+    fn let_begin(&self) -> Result<(), Fault> {
+        self.running.as_ref().map_or(Ok(()), |running| Err(running.busy()))
+    }
+
     /// Refuses what would change memory that is being written.
     pub(super) fn let_run(&self) -> Result<(), Fault> {
-        match &self.running {
-            None => Ok(()),
-            Some(running) => Err(Fault::new(
-                FaultKind::Conflict,
-                format!(
-                    "A snapshot is being written (job {}); wait until it is done, or cancel it",
-                    running.job.id
-                ),
-            )),
-        }
+        let held = self.running.as_ref().filter(|running| running.held.is_some());
+        held.map_or(Ok(()), |running| Err(running.busy()))
     }
 }
 
@@ -145,7 +156,13 @@ struct Work {
     drives: Vec<Captured>,
     running_from: Vec<PathBuf>,
     id: snapshot::Id,
+    /// Memory as it was, where the machine goes on.
+    image: Option<Image>,
+    /// Called when only the image is needed any more.
+    release: Release,
 }
+
+type Release = Option<Box<dyn FnOnce() + Send>>;
 
 /// A drive that belongs to the snapshot, open.
 struct Captured {
@@ -172,55 +189,13 @@ impl Controller {
         }
     }
 
-    /// Captures the machine and begins to write it.
-    pub(super) fn create_snapshot(&mut self, create: CreateSnapshot, phase: Phase) -> Result<Reply, Fault> {
+    /// Begins a snapshot.
+    pub(super) fn create_snapshot(&mut self, create: CreateSnapshot) -> Result<Reply, Fault> {
         create.check()?;
-        self.jobs.let_run()?;
-        let drives = captured(&self.spec, create.drives)?;
-        let invalid = |e: &io::Error| Fault::from_error(FaultKind::Internal, e);
-        let id = snapshot::Id::random().map_err(|e| invalid(&e))?;
-        let live =
-            self.live.as_mut().ok_or_else(|| Fault::new(FaultKind::Conflict, crate::phase::TOO_EARLY))?;
-        let stood_still = Instant::now();
-        let resume = phase == Phase::Running;
-        let fault = |e: crate::vm::VmError| Fault::from_error(e.kind(), &e);
-        if resume {
-            live.vm.pause().map_err(fault)?;
-        }
-        let changed_only = create.snapshot_type == SnapshotType::Diff
-            && (create.mem_file_path.is_some() || self.lineage.is_some());
-        let debugger = live.debugger.as_ref();
-        let mmds = self.mmds.as_ref();
-        let vm = &mut live.vm;
-        let mut capture = || vm.capture(changed_only, mmds);
-        let capture = match debugger {
-            Some(debugger) => debugger.without_breakpoints(capture),
-            None => capture(),
-        };
-        let capture = match capture {
-            Ok(capture) => capture,
-            Err(error) => {
-                if resume {
-                    live.vm.resume().map_err(fault)?;
-                }
-                return Err(fault(error));
-            }
-        };
-        let parent = self.lineage.as_ref().filter(|_| changed_only && create.mem_file_path.is_none());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let subject = Subject {
-            nacelle: env!("CARGO_PKG_VERSION").to_owned(),
-            created: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
-            machine: serde_json::to_value(&self.spec).unwrap_or_default(),
-            cpu: Value::Null,
-            note: create.note.clone().map_or(Value::Null, Value::Object),
-            regions: capture.regions.clone(),
-            parent: parent.map(|lineage| Parent {
-                id: lineage.id,
-                index: lineage.index,
-                hint: hint_from(&create.snapshot_path, &lineage.path),
-            }),
-        };
+        self.jobs.let_begin()?;
+        let live = self.live.as_ref();
+        let live = live.ok_or_else(|| Fault::new(FaultKind::Conflict, crate::phase::TOO_EARLY))?;
+        let served = live.vm.served_memory().filter(|_| create.live);
         self.jobs.last += 1;
         let job = SnapshotJob {
             id: self.jobs.last,
@@ -228,41 +203,140 @@ impl Controller {
             snapshot_type: create.snapshot_type,
             state: JobState::Running,
             done_bytes: 0,
-            total_bytes: capture.bytes(),
+            total_bytes: 0,
             pause_us: 0,
             error: None,
         };
         let progress = Arc::new(Progress::default());
-        progress.total.store(job.total_bytes, Relaxed);
-        let running_from = self.lineage.iter().map(|lineage| lineage.path.clone()).collect();
+        let running = Running { job, progress, thread: None, waiting: None, held: None, dirty: Vec::new() };
+        let id = running.job.id;
+        self.jobs.running = Some(running);
+        let begun = match served {
+            Some(memory) => self.bring_memory(create, memory),
+            None => self.write_snapshot(create),
+        };
+        let begun = begun.and_then(|()| self.jobs.find(id));
+        begun.map(Reply::Begun).inspect_err(|_| self.jobs.running = None)
+    }
+
+    /// Has memory brought that is served by a touch, while the machine goes on.
+    fn bring_memory(&mut self, create: CreateSnapshot, memory: Vec<Piece>) -> Result<(), Fault> {
+        let Some(running) = &mut self.jobs.running else { return Ok(()) };
+        let (watch, handle) = (Arc::clone(&running.progress), self.mailbox.handle.clone());
+        let spawned = thread::Builder::new().name("snapshot".to_owned()).spawn(move || {
+            let _ = handle.put(match touch(&memory, &watch) {
+                ControlFlow::Continue(()) => Event::MemoryBrought(Box::new(create)),
+                ControlFlow::Break(()) => Event::SnapshotEnded(Box::new(Err(SnapshotError::Cancelled))),
+            });
+        });
+        running.thread = Some(spawned.map_err(|e| Fault::from_error(FaultKind::Internal, &e))?);
+        Ok(())
+    }
+
+    /// All of memory is there: the snapshot that waited for it is taken.
+    pub(super) fn memory_brought(&mut self, create: CreateSnapshot) {
+        if let Err(fault) = self.write_snapshot(create) {
+            self.snapshot_ended(Err(SnapshotError::Request(fault.to_string())));
+        }
+    }
+
+    /// Captures the machine and begins to write it. When that fails the machine is as it was.
+    fn write_snapshot(&mut self, create: CreateSnapshot) -> Result<(), Fault> {
+        let drives = captured(&self.spec, create.drives)?;
+        let begins = Instant::now();
+        if let (Phase::Running, Some(live)) = (self.phase, &self.live) {
+            live.vm.pause().map_err(|e| Fault::from_error(e.kind(), &e))?;
+        }
+        if let Some(running) = &mut self.jobs.running {
+            running.held = Some(begins);
+        }
+        // Only drives that are copied need the machine to stand still once there is an image.
+        let stays = !create.live || drives.iter().any(|drive| drive.file.is_some());
+        let begun = self.write_held(create, drives, stays);
+        if begun.is_err() || !stays {
+            self.release_machine();
+        }
+        begun
+    }
+
+    fn write_held(
+        &mut self,
+        create: CreateSnapshot,
+        drives: Vec<Captured>,
+        stays: bool,
+    ) -> Result<(), Fault> {
+        let internal = |e: io::Error| Fault::from_error(FaultKind::Internal, &e);
+        let id = snapshot::Id::random().map_err(internal)?;
+        let (Some(live), Some(running)) = (&mut self.live, &mut self.jobs.running) else { return Ok(()) };
+        let changed_only = create.snapshot_type == SnapshotType::Diff
+            && (create.mem_file_path.is_some() || self.lineage.is_some());
+        let (mmds, vm) = (self.mmds.as_ref(), &mut live.vm);
+        let huge = vm.huge_pages;
+        // An image holds memory without the breakpoints of a debugger.
+        let mut capture = || {
+            let capture = vm.capture(changed_only, mmds)?;
+            Ok((capture, create.live.then(|| Image::take(huge)).transpose()))
+        };
+        let capture = match live.debugger.as_ref() {
+            Some(debugger) => debugger.without_breakpoints(capture),
+            None => capture(),
+        };
+        let fault = |e: crate::vm::VmError| Fault::from_error(e.kind(), &e);
+        let (capture, image) = capture.map_err(fault)?;
+        let image = match image {
+            Ok(image) => image,
+            Err(error) => {
+                live.vm.put_back(&capture.dirty);
+                return Err(Fault {
+                    kind: FaultKind::Internal,
+                    message: "The machine's memory cannot be held as it is while the machine goes on; take \
+                              the snapshot without live"
+                        .to_owned(),
+                    causes: vec![error.to_string()],
+                });
+            }
+        };
+        let lineage = self.lineage.as_ref();
+        let parent = lineage.filter(|_| changed_only && create.mem_file_path.is_none());
+        let subject = subject(&self.spec, &create, capture.regions.clone(), parent);
+        running.job.total_bytes = capture.bytes();
+        running.progress.total.store(capture.bytes(), Relaxed);
+        let running_from = lineage.iter().map(|lineage| lineage.path.clone()).collect();
+        let handle = self.mailbox.handle.clone();
+        let release: Release = (create.live && stays)
+            .then(|| Box::new(move || drop(handle.put(Event::DrivesCopied))) as Box<dyn FnOnce() + Send>);
         let (sections, parts) = (capture.sections, capture.parts);
-        let work = Work { create, subject, sections, parts, drives, running_from, id };
-        let (watch, handle) = (Arc::clone(&progress), self.mailbox.handle.clone());
+        let work = Work { create, subject, sections, parts, drives, running_from, id, image, release };
+        let (watch, handle) = (Arc::clone(&running.progress), self.mailbox.handle.clone());
         let spawned = thread::Builder::new().name("snapshot".to_owned()).spawn(move || {
             let outcome = work.write(&watch);
             let _ = handle.put(Event::SnapshotEnded(Box::new(outcome)));
         });
-        let thread = match spawned {
-            Ok(thread) => Some(thread),
-            Err(error) => {
-                live.vm.put_back(&capture.dirty);
-                if resume {
-                    live.vm.resume().map_err(fault)?;
-                }
-                return Err(invalid(&error));
-            }
-        };
-        let dirty = capture.dirty;
-        self.jobs.running =
-            Some(Running { job: job.clone(), progress, thread, waiting: None, stood_still, resume, dirty });
-        Ok(Reply::Begun(job))
+        running.thread = Some(spawned.map_err(|e| {
+            live.vm.put_back(&capture.dirty);
+            internal(e)
+        })?);
+        running.dirty = capture.dirty;
+        Ok(())
+    }
+
+    /// The snapshot that is being written does not need the machine to stand still any more.
+    pub(super) fn release_machine(&mut self) {
+        let Some(running) = &mut self.jobs.running else { return };
+        let Some(since) = running.held.take() else { return };
+        // Somebody may have paused it meanwhile, for himself.
+        if let (Phase::Running, Some(live)) = (self.phase, &self.live)
+            && let Err(error) = live.vm.resume()
+        {
+            log::error!("The machine does not go on after its snapshot: {error}");
+        }
+        running.job.pause_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
     }
 
     /// A writer is done, or has given up.
     pub(super) fn snapshot_ended(&mut self, outcome: Outcome) {
-        let Some(Running { mut job, progress, thread, waiting, stood_still, resume, dirty }) =
-            self.jobs.running.take()
-        else {
+        self.release_machine();
+        let Some(Running { mut job, progress, thread, waiting, dirty, .. }) = self.jobs.running.take() else {
             return;
         };
         thread.map(thread::JoinHandle::join);
@@ -291,17 +365,11 @@ impl Controller {
                 Err(fault)
             }
         };
-        if let (true, Some(live)) = (resume, &self.live)
-            && let Err(error) = live.vm.resume()
-        {
-            log::error!("The machine does not go on after its snapshot: {error}");
-        }
-        job.pause_us = u64::try_from(stood_still.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let (kind, path) = match job.state {
-            JobState::Done => ("SnapshotCreated", &job.snapshot_path),
-            _ => ("SnapshotFailed", &job.snapshot_path),
+        let kind = match job.state {
+            JobState::Done => "SnapshotCreated",
+            _ => "SnapshotFailed",
         };
-        let details = json!({ "job": job.id, "snapshot_path": path, "error": job.error });
+        let details = json!({ "job": job.id, "snapshot_path": &job.snapshot_path, "error": job.error });
         self.announce(kind, details);
         if let (Some(ticket), Some(server)) = (waiting, &mut self.server) {
             server.answer(ticket, &rendered(&answer));
@@ -378,6 +446,47 @@ fn captured(spec: &Spec, how: DriveCapture) -> Result<Vec<Captured>, Fault> {
     spec.drives.iter().map(one).collect()
 }
 
+/// What a snapshot says of the machine.
+fn subject(
+    spec: &Spec,
+    create: &CreateSnapshot,
+    regions: Vec<snapshot::Region>,
+    parent: Option<&Lineage>,
+) -> Subject {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Subject {
+        nacelle: env!("CARGO_PKG_VERSION").to_owned(),
+        created: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+        machine: serde_json::to_value(spec).unwrap_or_default(),
+        cpu: Value::Null,
+        note: create.note.clone().map_or(Value::Null, Value::Object),
+        regions,
+        parent: parent.map(|lineage| Parent {
+            id: lineage.id,
+            index: lineage.index,
+            hint: hint_from(&create.snapshot_path, &lineage.path),
+        }),
+    }
+}
+
+/// Touches each page of memory once, so that it is there.
+fn touch(memory: &[Piece], watch: &Progress) -> ControlFlow<()> {
+    let mut done = 0;
+    let total = memory.iter().map(|piece| piece.len).sum();
+    for piece in memory {
+        for at in (piece.host..piece.host + piece.len as usize).step_by(4096) {
+            // SAFETY: a piece is guest memory, mapped until the process ends; what is read is not
+            // looked at, as others may write it meanwhile.
+            unsafe { std::ptr::read_volatile(at as *const u8) };
+            done += 4096;
+            if done % (1 << 20) == 0 {
+                watch.step(done, total)?;
+            }
+        }
+    }
+    watch.step(done, total)
+}
+
 impl Work {
     fn write(self, watch: &Progress) -> Outcome {
         match self.create.mem_file_path.clone() {
@@ -386,7 +495,7 @@ impl Work {
         }
     }
 
-    fn write_pair(self, memory: &Path, watch: &Progress) -> Result<(), SnapshotError> {
+    fn write_pair(mut self, memory: &Path, watch: &Progress) -> Result<(), SnapshotError> {
         let end = |r: &snapshot::Region| r.offset + r.size;
         let Subject { nacelle, created, machine, cpu, regions, .. } = self.subject;
         let size = regions.iter().map(end).max().unwrap_or(0);
@@ -397,16 +506,22 @@ impl Work {
         let expected = self.parts.iter().map(|part| part.len).sum();
         let (state, disk) = (&self.create.snapshot_path, Arc::new(HostDisk));
         let mut writer = PairWriter::begin(state, memory, about, onto, disk, (watch, expected))?;
+        if let Some(release) = self.release.take() {
+            release();
+        }
+        let mut image = self.image.take();
         for part in &self.parts {
             match &part.from {
-                From::Memory(at) => writer.run(part.offset, bytes(*at, part.len))?,
+                From::Memory(at) => {
+                    each(&mut image, *at, part.len, |from, bytes| writer.run(part.offset + from, bytes))?;
+                }
                 From::File(file) => writer.copy(file, part.offset, part.len)?,
             }
         }
         writer.finish(self.sections).map(|_| ())
     }
 
-    fn write_directory(self, watch: &Progress) -> Result<Lineage, SnapshotError> {
+    fn write_directory(mut self, watch: &Progress) -> Result<Lineage, SnapshotError> {
         let path = self.create.snapshot_path;
         let store = self.create.store.as_deref().map(Store::make).transpose()?;
         let manner = Manner {
@@ -427,9 +542,15 @@ impl Work {
                 None => writer.share(manifest::Drive { id, source, capture, size: 0, file: None }),
             }
         }
+        if let Some(release) = self.release.take() {
+            release();
+        }
+        let mut image = self.image.take();
         for part in &self.parts {
             match &part.from {
-                From::Memory(at) => writer.run(part.offset, bytes(*at, part.len))?,
+                From::Memory(at) => {
+                    each(&mut image, *at, part.len, |from, bytes| writer.run(part.offset + from, bytes))?;
+                }
                 From::File(file) => writer.copy(file, part.offset, part.offset, part.len)?,
             }
         }
@@ -443,10 +564,34 @@ impl Work {
     }
 }
 
-/// Guest memory of a machine that stands still.
-fn bytes<'a>(at: usize, len: u64) -> &'a [u8] {
-    // SAFETY: a capture names mapped guest memory only, which stays mapped until the process ends;
-    // and neither vCPUs nor devices write to it as long as the machine is not resumed, which waits
-    // for the writer.
-    unsafe { std::slice::from_raw_parts(at as *const u8, usize::try_from(len).unwrap_or(0)) }
+/// Hands guest memory at an address to `take`, with how far in it is: that of the image, or that of
+/// the machine, which stands still.
+fn each(
+    image: &mut Option<Image>,
+    at: usize,
+    len: u64,
+    mut take: impl FnMut(u64, &[u8]) -> Result<(), SnapshotError>,
+) -> Result<(), SnapshotError> {
+    let len = usize::try_from(len).unwrap_or(0);
+    let Some(image) = image else {
+        // SAFETY: a capture names mapped guest memory only, which stays mapped until the process
+        // ends; and neither vCPUs nor devices write to it as long as the machine is not resumed,
+        // which waits for the writer.
+        return take(0, unsafe { std::slice::from_raw_parts(at as *const u8, len) });
+    };
+    let mut done = 0;
+    while done < len {
+        let count = (len - done).min(image::PIECE);
+        // SAFETY: as above; the image was taken when the machine was captured.
+        let bytes = unsafe { image.read(at + done, count) };
+        let bytes = bytes.map_err(|source| SnapshotError::Io {
+            what: "The image of guest memory is lost; the host may lack memory for what the machine \
+                   writes meanwhile"
+                .to_owned(),
+            source,
+        })?;
+        take(done as u64, bytes)?;
+        done += count;
+    }
+    Ok(())
 }

@@ -130,6 +130,12 @@ impl Vm {
         Ok(Capture { sections, regions, parts, dirty: dirty.finish().runs().to_vec() })
     }
 
+    /// RAM that only a touch brings forth, if there is such: it must all be there before the machine
+    /// is captured by an [`Image`](super::image::Image), for which nobody serves faults.
+    pub fn served_memory(&self) -> Option<Vec<Piece>> {
+        matches!(self.beneath, Beneath::Unknown).then(|| pages::pieces(&self.ram))
+    }
+
     /// Remembers what was written before a capture that came to nothing.
     pub fn put_back(&mut self, dirty: &[Run]) {
         dirty.iter().for_each(|run| self.carried.add(*run));

@@ -27,6 +27,7 @@ pub mod faults;
 pub mod generation;
 pub mod handed;
 pub mod host;
+pub mod image;
 pub mod kvm;
 pub mod lazy;
 pub mod loading;

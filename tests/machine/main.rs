@@ -35,6 +35,7 @@ mod hostile;
 mod hotplug;
 mod kernel;
 mod lazy;
+mod live;
 mod net;
 mod process;
 mod restored;

@@ -6,6 +6,7 @@
 //! | task | does |
 //! |---|---|
 //! | `serve PORT COUNT` | takes COUNT vsock connections and sends back what each one sends |
+//! | `rounds MIB FILE` | writes MIB MiB of memory in rounds until `/tmp/stop` is there, checks each page before it writes it, and adds a line to FILE for each round |
 //! | `call PORT COUNT` | makes COUNT vsock connections to the host at once; on each sends what differs and expects it back |
 //! | `echo PORT` | serves two vsock connections until they end, and tells of one that breaks |
 //! | `lose PORT` | makes a vsock connection to the host, tells how it ends, and makes another one |
@@ -35,6 +36,7 @@ fn in_the_guest() {
     let number = |index: usize| words[index].parse::<u32>().unwrap();
     match words[0] {
         "serve" => serve(number(1), number(2)),
+        "rounds" => rounds(number(1), words[2]),
         "call" => call(number(1), number(2)),
         "echo" => echo(number(1)),
         "lose" => lose(number(1)),
@@ -163,6 +165,29 @@ fn serve(port: u32, count: u32) {
         .collect();
     for echo in echoes {
         echo.join().unwrap();
+    }
+}
+
+/// Each page is what the round and its place say, and each is of the last round until its turn
+/// comes: no page may be of another moment than this process's registers and stack.
+fn rounds(mib: u32, file: &str) {
+    let mut memory = vec![0u64; mib as usize << 17];
+    let value = |round: u64, at: usize| (round << 32 | at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut told = File::create(file).unwrap();
+    let mut round = 0;
+    while !std::path::Path::new("/tmp/stop").exists() {
+        for (page, words) in memory.chunks_mut(512).enumerate() {
+            for (number, word) in words.iter().enumerate() {
+                let at = page * 512 + number;
+                let expected = if round == 0 { 0 } else { value(round, at) };
+                assert_eq!(*word, expected, "word {number} of page {page} in round {round}");
+            }
+            for (number, word) in words.iter_mut().enumerate() {
+                *word = value(round + 1, page * 512 + number);
+            }
+        }
+        round += 1;
+        writeln!(told, "{round}").unwrap();
     }
 }
 
