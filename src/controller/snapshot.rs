@@ -518,6 +518,7 @@ impl Work {
                 From::File(file) => writer.copy(file, part.offset, part.len)?,
             }
         }
+        drop(image);
         writer.finish(self.sections).map(|_| ())
     }
 
@@ -554,6 +555,7 @@ impl Work {
                 From::File(file) => writer.copy(file, part.offset, part.offset, part.len)?,
             }
         }
+        drop(image);
         self.sections.into_iter().for_each(|section| writer.section(section));
         let written = writer.finish()?;
         Ok(Lineage {

@@ -71,7 +71,8 @@ pub struct CreateSnapshot {
     /// Compute a hash of each chunk of memory, so that it can be verified. *Ours.*
     #[serde(default, skip_serializing_if = "is_default")]
     pub hash: bool,
-    /// Let the guest go on while its memory is written; the machine may be running. *Ours.*
+    /// Let the guest go on while its memory is written; the machine may be running. The host keeps a
+    /// second copy of what the guest writes until that. *Ours.*
     #[serde(default, skip_serializing_if = "is_default")]
     pub live: bool,
     /// Answer 202 with the job at once. *Ours.*

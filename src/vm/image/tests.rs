@@ -109,15 +109,15 @@ fn is_as_it_was(mapping: &Mapping) {
 
 #[test]
 fn anonymous_memory_is_as_it_was_whoever_writes_it() {
-    is_as_it_was(&Mapping::new(24 << 20, None));
+    is_as_it_was(&Mapping::new(8 << 20, None));
 }
 
 #[test]
 fn a_private_mapping_of_a_file_is_as_it_was() {
     let file = tempfile::tempfile().unwrap();
-    let bytes: Vec<u8> = (0..24u32 << 18).flat_map(u32::to_ne_bytes).collect();
+    let bytes: Vec<u8> = (0..8u32 << 18).flat_map(u32::to_ne_bytes).collect();
     std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 0).unwrap();
-    is_as_it_was(&Mapping::new(24 << 20, Some(&file)));
+    is_as_it_was(&Mapping::new(8 << 20, Some(&file)));
 }
 
 #[test]
@@ -151,15 +151,17 @@ fn memory_that_is_given_back_meanwhile_is_still_in_it() {
 #[test]
 fn it_holds_no_descriptor_of_this_process() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut image = Image::take(false).unwrap();
     let mapping = Mapping::new(PAGE, None);
-    // It has answered, so it is past its beginning; what it does not have mapped ends it.
-    // SAFETY: this mapping is younger than the image, which ends for it and nothing else.
-    let _ = unsafe { image.read(mapping.at, PAGE) };
+    let mut image = Image::take(false).unwrap();
+    // It has answered, so it is past its beginning.
+    // SAFETY: mapped before the image was taken.
+    unsafe { image.read(mapping.at, PAGE) }.unwrap();
     drop(theirs);
     ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let end = io::Read::read(&mut &ours, &mut [0]).unwrap();
     assert_eq!(end, 0, "the other end is still open somewhere");
+    // SAFETY: as above.
+    unsafe { image.read(mapping.at, PAGE) }.unwrap();
 }
 
 #[test]
