@@ -30,7 +30,7 @@ const RESTLESS: &str = r#"
         [ "$word" = end ] && break
         for name in one two reads; do
             before=$(wc -c < /tmp/$name)
-            while [ $(wc -c < /tmp/$name) -lt $((before + 10)) ]; do sleep 0.05; done
+            while [ $(wc -c < /tmp/$name) -lt $((before + 4)) ]; do sleep 0.05; done
         done
         echo "$word goes on"
     done
@@ -97,7 +97,7 @@ fn ended(mut vm: Vm, sum: &str) {
 
 #[test]
 fn a_machine_goes_on_while_it_is_saved_and_its_clones_are_of_one_moment() {
-    let (setup, sum) = restless(Transport::Pci, 256, 16);
+    let (setup, sum) = restless(Transport::Pci, 256, 4);
     let mut vm = setup.start_with_api();
     vm.wait_for("begun\n");
     let (mut create, load) = directory(&vm, "first");
@@ -117,7 +117,7 @@ fn a_machine_goes_on_while_it_is_saved_and_its_clones_are_of_one_moment() {
 #[test]
 fn live_diffs_with_three_pieces_of_memory_are_of_one_moment() {
     // Beyond 3 GiB there is a hole for devices, and memory behind it.
-    let (mut setup, sum) = restless(Transport::Mmio, 3328, 16);
+    let (mut setup, sum) = restless(Transport::Mmio, 3328, 4);
     setup.spec.machine_config.track_dirty_pages = true;
     let mut vm = setup.start_with_api();
     vm.wait_for("begun\n");
@@ -136,7 +136,7 @@ fn live_diffs_with_three_pieces_of_memory_are_of_one_moment() {
 
 #[test]
 fn a_live_snapshot_that_fails_or_is_cancelled_leaves_the_machine_running() {
-    let (mut setup, sum) = restless(Transport::Mmio, 256, 16);
+    let (mut setup, sum) = restless(Transport::Mmio, 256, 4);
     setup.spec.machine_config.track_dirty_pages = true;
     let mut vm = setup.start_with_api();
     vm.wait_for("begun\n");
