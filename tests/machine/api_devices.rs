@@ -30,7 +30,7 @@ fn done(outcome: Result<Value, api::client::ClientError>) {
 
 /// Asks until `wanted` holds of the answer.
 #[track_caller]
-fn until(client: &mut Client, path: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+pub fn until(client: &mut Client, path: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let answer: Value = client.get(path).unwrap();

@@ -5,9 +5,13 @@
 //! the next round. Meanwhile it reads its disk, which other threads of the monitor write into its
 //! memory.
 
-use api::spec::{CreateSnapshot, Drive, JobState, LoadSnapshot, SnapshotJob, SnapshotType, Transport};
+use api::spec::{
+    CreateSnapshot, Drive, JobState, LoadSnapshot, MemoryHotplug, SnapshotJob, SnapshotType, Transport,
+};
+use serde_json::json;
 
 use crate::{
+    api_devices::until,
     kernel::Kernel,
     snapshot::{directory, done, pair},
     vm::{Setup, Vm, random_file, sha256},
@@ -16,7 +20,7 @@ use crate::{
 /// Two processes that write, one that reads the disk; then a word whenever one is said.
 const RESTLESS: &str = r#"
     for name in one two; do
-        (TASK="rounds MIB /tmp/$name" side --nocapture --ignored --exact side::in_the_guest || echo torn memory) &
+        (TASK="rounds 4 /tmp/$name" side --nocapture --ignored --exact side::in_the_guest || echo torn memory) &
     done
     sha256sum < /dev/vda > /tmp/before
     (while [ ! -e /tmp/stop ]; do
@@ -40,8 +44,12 @@ const RESTLESS: &str = r#"
     part complaints sh -c 'dmesg | grep -A 12 -E "WARNING|BUG|lockup" || true'
 "#;
 
-fn restless(transport: Transport, memory: u64, dirtied: u32) -> (Setup, String) {
-    let script = RESTLESS.replace("MIB", &dirtied.to_string());
+fn restless(transport: Transport, memory: u64) -> (Setup, String) {
+    restless_after("", transport, memory)
+}
+
+fn restless_after(first: &str, transport: Transport, memory: u64) -> (Setup, String) {
+    let script = format!("{first}\n{RESTLESS}");
     let mut setup = Setup::new(Kernel::quick(), transport).size(2, memory).script(script).with_side();
     let path = setup.folder().join("disk");
     let sum = sha256(&random_file(&path, 4, 3));
@@ -97,7 +105,7 @@ fn ended(mut vm: Vm, sum: &str) {
 
 #[test]
 fn a_machine_goes_on_while_it_is_saved_and_its_clones_are_of_one_moment() {
-    let (setup, sum) = restless(Transport::Pci, 256, 4);
+    let (setup, sum) = restless(Transport::Pci, 256);
     let mut vm = setup.start_with_api();
     vm.wait_for("begun\n");
     let (mut create, load) = directory(&vm, "first");
@@ -117,7 +125,7 @@ fn a_machine_goes_on_while_it_is_saved_and_its_clones_are_of_one_moment() {
 #[test]
 fn live_diffs_with_three_pieces_of_memory_are_of_one_moment() {
     // Beyond 3 GiB there is a hole for devices, and memory behind it.
-    let (mut setup, sum) = restless(Transport::Mmio, 3328, 4);
+    let (mut setup, sum) = restless(Transport::Mmio, 3328);
     setup.spec.machine_config.track_dirty_pages = true;
     let mut vm = setup.start_with_api();
     vm.wait_for("begun\n");
@@ -135,8 +143,33 @@ fn live_diffs_with_three_pieces_of_memory_are_of_one_moment() {
 }
 
 #[test]
+fn live_snapshots_have_memory_that_was_plugged_in() {
+    let (mut setup, sum) = restless_after("echo ready; read -r word", Transport::Pci, 192);
+    setup.spec.machine_config.track_dirty_pages = true;
+    setup.spec.memory_hotplug =
+        Some(MemoryHotplug { total_size_mib: 512, block_size_mib: 2, slot_size_mib: 128 });
+    // What processes write is there first.
+    let setup = setup.parameters("reboot=k memhp_default_state=online_movable");
+    let mut vm = setup.start_with_api();
+    vm.wait_for("ready\n");
+    let mut client = vm.client();
+    done(client.patch("/hotplug/memory", Some(&json!({ "requested_size_mib": 256 }))));
+    until(&mut client, "/hotplug/memory", |m| m["plugged_size_mib"] == 256);
+    vm.say("go");
+    vm.wait_for("begun\n");
+    let (create, load) = directory(&vm, "full");
+    taken(&mut vm, create);
+    ended(clone(&vm, "full", &load), &sum);
+    let (mut create, load) = directory(&vm, "diff");
+    create.snapshot_type = SnapshotType::Diff;
+    taken(&mut vm, create);
+    ended(clone(&vm, "diff", &load), &sum);
+    ended(vm, &sum);
+}
+
+#[test]
 fn a_live_snapshot_that_fails_or_is_cancelled_leaves_the_machine_running() {
-    let (mut setup, sum) = restless(Transport::Mmio, 256, 4);
+    let (mut setup, sum) = restless(Transport::Mmio, 256);
     setup.spec.machine_config.track_dirty_pages = true;
     let mut vm = setup.start_with_api();
     vm.wait_for("begun\n");

@@ -171,7 +171,7 @@ fn serve(port: u32, count: u32) {
 /// Each page is what the round and its place say, and each is of the last round until its turn
 /// comes: no page may be of another moment than this process's registers and stack.
 fn rounds(mib: u32, file: &str) {
-    let mut memory = vec![0u64; mib as usize << 17];
+    let mut memory = vec![0u64; (mib as usize) << 17];
     let value = |round: u64, at: usize| (round << 32 | at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut told = File::create(file).unwrap();
     let mut round = 0;
