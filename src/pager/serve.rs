@@ -17,10 +17,10 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
     AROUND, Broken, PAGE, PageSource, PagerError, Prefetch, Range,
@@ -40,8 +40,9 @@ const PIECE: u64 = 256 << 10;
 const GAP: u64 = 2 << 20;
 /// Most pieces of memory that are registered; each costs the kernel two mappings.
 const REGISTERED_MAX: usize = 1024;
-/// Most runs that wait to be brought because their chunk was unpacked for a fault.
-const FOLLOWING_MAX: usize = 64;
+
+/// How long nothing is asked for until what was kept for the next fault is given back.
+const REST_AFTER: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// What a pager did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -69,6 +70,8 @@ struct Counters {
 /// How it stands with the thread.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Standing {
+    /// What is wanted first is not all there yet.
+    Bringing,
     Serving,
     Complete,
     Broken(String),
@@ -84,6 +87,13 @@ struct Shared {
     touched: Mutex<Option<Gathering>>,
     standing: Mutex<Standing>,
     changed: Condvar,
+}
+
+impl Shared {
+    fn stand(&self, standing: Standing) {
+        *lock(&self.standing) = standing;
+        self.changed.notify_all();
+    }
 }
 
 /// A thread that serves the page faults of guest memory. Dropping this changes nothing: memory
@@ -112,7 +122,7 @@ impl Pager {
             given_up: AtomicBool::new(false),
             counters: Counters::default(),
             touched: Mutex::new(record.then(Gathering::default)),
-            standing: Mutex::new(Standing::Serving),
+            standing: Mutex::new(Standing::Bringing),
             changed: Condvar::new(),
         });
         let mut worker = Worker::new(ranges, uffd, source, &prefetch.first, Arc::clone(&shared));
@@ -144,17 +154,21 @@ impl Pager {
     pub fn complete(&self, patience: Duration) -> bool {
         self.shared.all.store(true, Relaxed);
         self.shared.bell.ring();
-        let until = Instant::now() + patience;
-        let mut standing = lock(&self.shared.standing);
-        while *standing == Standing::Serving {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            let waited = self.shared.changed.wait_timeout(standing, left);
-            standing = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        *standing == Standing::Complete
+        self.wait(patience, |standing| matches!(standing, Standing::Complete | Standing::Broken(_)))
+            == Standing::Complete
+    }
+
+    /// Waits until what was wanted first is there, at most for `patience`. False if that was too
+    /// short, or the source is broken.
+    pub fn has_first(&self, patience: Duration) -> bool {
+        let standing = self.wait(patience, |standing| *standing != Standing::Bringing);
+        matches!(standing, Standing::Serving | Standing::Complete)
+    }
+
+    fn wait(&self, patience: Duration, enough: impl Fn(&Standing) -> bool) -> Standing {
+        let standing = lock(&self.shared.standing);
+        let waited = self.shared.changed.wait_timeout_while(standing, patience, |s| !enough(s));
+        waited.unwrap_or_else(PoisonError::into_inner).0.clone()
     }
 
     /// Why pages cannot be had any more, if that is so.
@@ -198,6 +212,8 @@ struct Worker {
     faults: VecDeque<u64>,
     plan: Plan,
     buffer: Vec<u8>,
+    /// Nothing is kept for a next fault.
+    resting: bool,
     shared: Arc<Shared>,
 }
 
@@ -241,6 +257,7 @@ impl Worker {
             faults: VecDeque::new(),
             plan: Plan { queue: first.runs().iter().copied().collect(), taken: 0 },
             buffer: Vec::new(),
+            resting: true,
             shared,
         }
     }
@@ -278,12 +295,10 @@ impl Worker {
 
     fn run(mut self, broken: Broken) {
         let result = self.serve();
-        let standing = match &result {
+        self.shared.stand(match &result {
             Ok(()) => Standing::Complete,
             Err(reason) => Standing::Broken(reason.clone()),
-        };
-        *lock(&self.shared.standing) = standing;
-        self.shared.changed.notify_all();
+        });
         let Err(reason) = result else { return };
         broken(reason);
         // Who waits must never go on with wrong pages, so the descriptor stays open.
@@ -294,7 +309,12 @@ impl Worker {
     }
 
     fn serve(&mut self) -> Result<(), String> {
+        let mut bringing = true;
         loop {
+            if bringing && self.plan.queue.is_empty() {
+                bringing = false;
+                self.shared.stand(Standing::Serving);
+            }
             if self.shared.given_up.load(Relaxed) {
                 break;
             }
@@ -323,13 +343,15 @@ impl Worker {
     }
 
     fn sleep(&mut self) -> Result<(), String> {
-        // A thread that may sleep for days keeps nothing that the next fault does not need.
-        self.source.rest();
-        if self.buffer.capacity() as u64 > AROUND {
-            self.buffer = Vec::new();
-        }
         let mut fds = [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(&self.shared.bell, PollFlags::IN)];
-        match poll(&mut fds, None) {
+        // A thread that may sleep for days keeps nothing; one that wakes at once has it still.
+        let longest = (!self.resting).then_some(&REST_AFTER);
+        match poll(&mut fds, longest) {
+            Ok(0) => {
+                self.resting = true;
+                self.buffer = Vec::new();
+                self.source.rest();
+            }
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(format!("Page faults cannot be waited for: {e}")),
         }
@@ -392,22 +414,24 @@ impl Worker {
         if !self.place(index, start, false)? {
             let _ = self.uffd.wake(range.host + at, unit);
         }
-        self.follow(range.offset + at);
-        Ok(())
+        self.follow(range.offset + at)
     }
 
-    /// What was unpacked along with this page comes next.
-    fn follow(&mut self, offset: u64) {
+    /// Brings what was unpacked along with this page, now that it is at hand: filling it costs less
+    /// than unpacking it again.
+    fn follow(&mut self, offset: u64) -> Result<(), String> {
         let unit = self.source.unit(offset);
-        if unit <= AROUND || self.plan.queue.len() >= FOLLOWING_MAX {
-            return;
+        if unit <= AROUND {
+            return Ok(());
         }
-        let start = offset / unit * unit;
-        let run = Run { start, end: start.saturating_add(unit) };
-        // The rest of it may stand there already, from the fault before.
-        if self.plan.queue.front().is_none_or(|front| front.within(run).is_empty()) {
-            self.plan.queue.push_front(run);
+        let mut start = offset / unit * unit;
+        let end = start.saturating_add(unit);
+        while start < end {
+            let next = start.saturating_add(PIECE).min(end);
+            self.bring(Run { start, end: next })?;
+            start = next;
         }
+        Ok(())
     }
 
     /// Brings the present pages of a piece that are still missing.
@@ -448,6 +472,7 @@ impl Worker {
     }
 
     fn read(&mut self, offset: u64, len: u64) -> Result<(), String> {
+        self.resting = false;
         self.buffer.resize(len as usize, 0);
         self.source.read(offset, &mut self.buffer).map_err(|e| told(&*e))
     }

@@ -46,8 +46,9 @@ use crate::snapshot::{
 /// Name of the file in the snapshot's directory.
 pub const FILE: &str = "memory.working-set";
 
-/// Most bytes that are brought beforehand; a larger set is cut there.
-pub const BYTES_MAX: u64 = 1 << 30;
+/// Most bytes that are brought beforehand; a larger set is cut there. The guest waits for them:
+/// some 50 ms if they are in the page cache.
+pub const BYTES_MAX: u64 = 256 << 20;
 
 /// Most runs of a set; one that has more is not written, and not read.
 pub const RUNS_MAX: usize = 1 << 16;

@@ -103,15 +103,22 @@ pub(crate) fn open_file(at: &File, name: &str) -> io::Result<File> {
 
 /// Reads the whole of file `name`, at most `cap` bytes.
 pub(crate) fn read_whole(at: &File, name: &str, cap: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    read_into(at, name, cap, &mut bytes).map(|()| bytes)
+}
+
+/// The same in place of what `bytes` holds, whose room is used again.
+pub(crate) fn read_into(at: &File, name: &str, cap: u64, bytes: &mut Vec<u8>) -> io::Result<()> {
     let file = open_file(at, name)?;
     let size = file.metadata()?.len();
     if size > cap {
         let text = format!("it has {size} bytes, more than the {cap} that are read");
         return Err(io::Error::new(io::ErrorKind::InvalidData, text));
     }
-    let mut bytes = Vec::with_capacity(size as usize);
-    io::Read::read_to_end(&mut io::Read::take(file, cap), &mut bytes)?;
-    Ok(bytes)
+    bytes.clear();
+    bytes.reserve(size as usize);
+    io::Read::read_to_end(&mut io::Read::take(file, cap), bytes)?;
+    Ok(())
 }
 
 /// The next run of data in `file` from `offset`, before `end`; nothing if only a hole is left.

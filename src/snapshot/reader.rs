@@ -52,8 +52,7 @@ pub struct Snapshot {
     pages: Pages,
     /// Numbers of the chunks that have hashes, in the order of the hashes.
     hashed: OnceLock<Vec<u64>>,
-    /// The chunks that were read last, the latest first.
-    recent: Mutex<VecDeque<(u64, Arc<Vec<u8>>)>>,
+    recent: Mutex<Recent>,
 }
 
 /// Where its pages are.
@@ -61,6 +60,16 @@ pub struct Snapshot {
 enum Pages {
     File(File),
     Store(Store),
+}
+
+/// What was unpacked lately. Memory of this size is the kernel's as soon as it is freed, and costs
+/// hundreds of page faults to have again; so it is kept for the next chunk.
+#[derive(Debug, Default)]
+struct Recent {
+    /// The latest first.
+    chunks: VecDeque<(u64, Arc<Vec<u8>>)>,
+    /// Room for a chunk as it lies in its store.
+    packed: Vec<u8>,
 }
 
 /// Chunks that are kept: two guest threads that each walk through memory are served without
@@ -217,41 +226,42 @@ impl Snapshot {
     /// The present pages of a chunk, checked against its hash.
     fn chunk(&self, number: u64) -> Result<Arc<Vec<u8>>, SnapshotError> {
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, bytes)) = recent.iter().find(|(at, _)| *at == number) {
+        let Recent { chunks, packed } = &mut *recent;
+        if let Some((_, bytes)) = chunks.iter().find(|(at, _)| *at == number) {
             return Ok(Arc::clone(bytes));
         }
         let hashed = self.hashed.get_or_init(|| self.index.hashed_chunks().map(|(n, _)| n).collect());
         let at = hashed.binary_search(&number).map_err(|_| self.no_chunk(number))?;
         let digest = *self.index.hashes.get(at).ok_or_else(|| self.no_chunk(number))?;
-        let runs = self.index.extents.inside(self.index.window(number));
-        let bytes = match &self.pages {
+        let runs: Vec<Run> = self.index.extents.inside(self.index.window(number)).collect();
+        let length = runs.iter().map(|run| run.len()).sum::<u64>() as usize;
+        let oldest = if chunks.len() < RECENT { None } else { chunks.pop_back() };
+        let mut bytes = oldest.and_then(|(_, bytes)| Arc::try_unwrap(bytes).ok()).unwrap_or_default();
+        match &self.pages {
             Pages::Store(store) => {
-                let length: u64 = runs.map(Run::len).sum();
-                doing(store.get(digest, length as usize), || self.cannot_read())?
+                doing(store.get_into(digest, length, &mut bytes, packed), || self.cannot_read())?;
             }
             Pages::File(file) => {
-                let mut bytes = Vec::new();
+                bytes.resize(length, 0);
+                let mut rest = bytes.as_mut_slice();
                 for run in runs {
-                    let at = bytes.len();
-                    bytes.resize(at + run.len() as usize, 0);
-                    let piece = bytes.get_mut(at..).unwrap_or_default();
+                    let (piece, after) = rest.split_at_mut(run.len() as usize);
                     doing(file.read_exact_at(piece, run.start), || self.cannot_read())?;
+                    rest = after;
                 }
                 if Digest::of(&bytes) != digest {
                     return Err(self.no_chunk(number));
                 }
-                bytes
             }
-        };
+        }
         let bytes = Arc::new(bytes);
-        recent.truncate(RECENT - 1);
-        recent.push_front((number, Arc::clone(&bytes)));
+        chunks.push_front((number, Arc::clone(&bytes)));
         Ok(bytes)
     }
 
     /// Gives back the memory of chunks that were read lately.
     pub fn forget_chunks(&self) {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        *self.recent.lock().unwrap_or_else(PoisonError::into_inner) = Recent::default();
     }
 
     /// Checks the state, and with `full` every chunk and every hole.

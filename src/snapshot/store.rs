@@ -30,7 +30,7 @@ use rustix::fs::{self, AtFlags, FlockOperation, Mode, OFlags};
 use super::{
     SnapshotError,
     digest::{Digest, Id, LEN},
-    disk::{Disk, open_directory, read_whole, write_whole},
+    disk::{Disk, open_directory, read_into, read_whole, write_whole},
     error::doing,
     index::Index,
     limits::{CHUNK_RANGE, INDEX_MAX},
@@ -133,27 +133,40 @@ impl Store {
 
     /// The `length` bytes whose digest is `digest`. Whatever is wrong with the chunk is an error.
     pub fn get(&self, digest: Digest, length: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.get_into(digest, length, &mut bytes, &mut Vec::new()).map(|()| bytes)
+    }
+
+    /// The same into a buffer, with room for the chunk as it lies there; both are used again.
+    pub(crate) fn get_into(
+        &self,
+        digest: Digest,
+        length: usize,
+        bytes: &mut Vec<u8>,
+        packed: &mut Vec<u8>,
+    ) -> io::Result<()> {
         let wrong = |why: String| io::Error::new(io::ErrorKind::InvalidData, format!("Chunk {digest} {why}"));
         if length as u64 > *CHUNK_RANGE.end() {
             return Err(wrong(format!("cannot have {length} bytes")));
         }
         let shelf = self.open_shelf(&shelf(digest))?;
-        let object = read_whole(&shelf, &book(digest), length as u64 + 1)?;
-        let bytes = match object.split_first() {
-            Some((&PLAIN, bytes)) => bytes.to_vec(),
+        read_into(&shelf, &book(digest), length as u64 + 1, packed)?;
+        match packed.split_first() {
+            Some((&PLAIN, plain)) => {
+                bytes.clear();
+                bytes.extend_from_slice(plain);
+            }
             Some((&LZ4, packed)) => {
-                let mut bytes = vec![0; length];
-                let got = lz4_flex::block::decompress_into(packed, &mut bytes);
-                let got = got.map_err(|e| wrong(format!("does not decompress: {e}")))?;
-                bytes.truncate(got);
-                bytes
+                bytes.resize(length, 0);
+                let got = lz4_flex::block::decompress_into(packed, bytes);
+                bytes.truncate(got.map_err(|e| wrong(format!("does not decompress: {e}")))?);
             }
             _ => return Err(wrong("is packed in a way that is not known".to_owned())),
-        };
-        if bytes.len() != length || Digest::of(&bytes) != digest {
+        }
+        if bytes.len() != length || Digest::of(bytes) != digest {
             return Err(wrong("holds other bytes".to_owned()));
         }
-        Ok(bytes)
+        Ok(())
     }
 
     /// Gives up a snapshot's hold. Its chunks stay until [`Store::collect`].

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     pager::{
         Broken, ChainSource, Handler, PATIENCE, Pager, PagerError, Prefetch, Range,
-        working_set::{Place, Prefetched, RECORD_FOR, Recorder, WorkingSet},
+        working_set::{Place, RECORD_FOR, Recorder, WorkingSet},
     },
     snapshot::{Chain, extents::Run},
 };
@@ -31,6 +31,10 @@ use crate::{
 /// Most pieces of files that a chain is mapped from. A process may have 65,530 mappings, and a
 /// balloon makes more of them.
 pub const LAYERS_MAX: usize = 4096;
+
+/// How long a load waits for the pages of a working set. From a slow source they come beside the
+/// guest then.
+const FIRST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Parts of memory, each at its own offset of a file.
 pub type Layers = Arc<[(Run, Arc<File>)]>;
@@ -119,9 +123,16 @@ impl Drop for Served {
 }
 
 impl Vm {
-    /// Brings what a working set names into RAM that is mapped from files.
-    pub fn prefetch(&self, set: &WorkingSet) -> Prefetched {
-        ranges(&pages::pieces(&self.ram), 4096).map(|ranges| set.prefetch(&ranges)).unwrap_or_default()
+    /// Brings what a working set names into RAM before the guest runs, which would wait for each
+    /// page of it otherwise. What is served is brought by who serves it, and waited for a moment.
+    pub fn prefetch(&self, set: &WorkingSet) {
+        match self.served.as_ref().and_then(|served| served.0.as_ref()) {
+            Some(Serving::Pager(pager)) => drop(pager.has_first(FIRST_PATIENCE)),
+            Some(Serving::Handler(_)) => {}
+            None => {
+                let _ = ranges(&pages::pieces(&self.ram), 4096).map(|ranges| set.prefetch(&ranges));
+            }
+        }
     }
 
     /// Records what the guest touches from now on, after its first second, at `place`. Nothing if

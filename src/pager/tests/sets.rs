@@ -110,7 +110,8 @@ fn a_set_of_the_pager_is_brought_first() {
     let (source, bytes) = (Box::new(Model::of(0..PAGES)), first.bytes());
     let prefetch = Prefetch { first, all: false };
     let pager = Pager::start(&[area.range(0)], source, &prefetch, false, never()).unwrap();
-    wait_for("prefetching", || pager.served().filled == bytes);
+    assert!(pager.has_first(LONG));
+    assert_eq!(pager.served().filled, bytes);
     work(area);
     let with = pager.served().faults;
     assert!(without >= 100 && with == 0, "{without} faults without, {with} with");
