@@ -48,11 +48,18 @@ $B mount -t tmpfs tmpfs /tmp
 for word in $($B cat /proc/cmdline); do
   case $word in work=*) work=${word#work=};; esac
 done
+# Not zeros: pages of zeros are holes.
+$B yes | $B dd of=/tmp/block bs=1M count=1 iflag=fullblock 2>/dev/null
+fill() {
+  for part in $($B seq 0 $(($1 - 1))); do
+    $B dd if=/tmp/block of=/tmp/blob bs=1M seek=$part conv=notrunc 2>/dev/null
+  done
+}
 echo ready
 case $work in
 sleep) exec $B sleep 1000000;;
-dirty) while :; do $B dd if=/dev/zero of=/tmp/blob bs=1M count=16 conv=notrunc 2>/dev/null; echo tick; $B sleep 1; done;;
-storm) while :; do $B dd if=/dev/zero of=/tmp/blob bs=1M count=10 conv=notrunc 2>/dev/null; $B usleep 100000; done;;
+dirty) while :; do fill 16; echo tick; $B sleep 1; done;;
+storm) while :; do fill 10; $B usleep 100000; done;;
 *) while :; do $B sleep 1; echo tick; done;;
 esac
 ";
