@@ -25,7 +25,7 @@ use api::{
     Fault, FaultKind, Request, Spec,
     spec::{self, HugePages, LoadHugePages, LoadSnapshot, MemBackendType},
 };
-use arch::irqchip::ClockPolicy;
+use arch::{irqchip::ClockPolicy, needs::Needs};
 use devices::state::Section;
 use serde_json::{Value, json};
 
@@ -54,6 +54,7 @@ const CONFIGURED: &str = "Loading a microVM snapshot not allowed after configuri
 /// A snapshot that was opened.
 struct Opened {
     machine: Value,
+    cpu: Value,
     regions: Vec<Region>,
     sections: Vec<Section>,
     pages: Pages,
@@ -99,17 +100,25 @@ impl Controller {
         let invalid = |e: &(dyn std::error::Error + 'static)| Fault::from_error(FaultKind::Invalid, e);
         let mut saved = Saved::decode(opened.sections).map_err(|e| invalid(&e))?;
         let platform = saved.platform().map_err(|e| invalid(&e))?;
+        let metadata = saved.section_if_there("mmds").map_err(|e| invalid(&e))?;
+        let needs: Option<Needs> = serde_json::from_value(opened.cpu).map_err(|e| Fault {
+            kind: FaultKind::Invalid,
+            message: "What the snapshot's machine needs of the CPU cannot be read".to_owned(),
+            causes: vec![e.to_string()],
+        })?;
         let clock = if load.clock_realtime { ClockPolicy::Advance } else { ClockPolicy::Continue };
         let before = std::mem::replace(&mut self.spec, spec);
+        let restored = metadata.map_or(Ok(()), |section| self.restore_metadata(&section));
         let known = opened.set.as_ref().filter(|_| load.prefetch == spec::Prefetch::WorkingSet);
         let known = known.filter(|_| !load.record_working_set).and_then(Place::read);
         // Whoever comes first leaves a record for those who follow.
         let wanted =
             load.record_working_set || load.prefetch == spec::Prefetch::WorkingSet && known.is_none();
         let place = opened.set.filter(|_| wanted);
-        let built = self.source(opened.pages, load.prefetch, (known.as_ref(), place.is_some()));
+        let source = || self.source(opened.pages, load.prefetch, (known.as_ref(), place.is_some()));
+        let built = restored.and_then(|()| source());
         let built = built.and_then(|memory| {
-            self.build(platform, Origin::Saved(Box::new(Restored { saved, memory, clock })))
+            self.build(platform, Origin::Saved(Box::new(Restored { saved, needs, memory, clock })))
         });
         if let Err(fault) = built {
             self.spec = before;
@@ -208,9 +217,9 @@ fn open(load: &LoadSnapshot) -> Result<Opened, Fault> {
             None => Pages::File(pair.memory(&backend.backend_path).map_err(|e| fault(&e))?),
         };
         let Pair { about, sections } = pair;
-        let (machine, regions) = (about.machine, about.regions);
+        let (machine, cpu, regions) = (about.machine, about.cpu, about.regions);
         let (drives, lineage, set) = (Vec::new(), None, None);
-        return Ok(Opened { machine, regions, sections, pages, drives, lineage, set });
+        return Ok(Opened { machine, cpu, regions, sections, pages, drives, lineage, set });
     }
     if backend.is_some() && handler.is_none() {
         let text =
@@ -234,7 +243,7 @@ fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, SnapshotEr
     let taken = |drive: &manifest::Drive| Some((drive.id.clone(), path.join(drive.file.as_ref()?)));
     let drives = manifest.drives.iter().filter_map(taken).collect();
     let (machine, regions) = (manifest.machine.clone(), manifest.memory.regions.clone());
-    let sections = top.sections()?;
+    let (sections, cpu) = (top.sections()?, manifest.cpu.clone());
     let set = Place::of(top).ok();
     let file = top.memory_file().filter(|_| manifest.parent.is_none()).map(File::try_clone);
     let pages = match file.transpose() {
@@ -245,7 +254,7 @@ fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, SnapshotEr
             return Err(SnapshotError::Io { what, source });
         }
     };
-    Ok(Opened { machine, regions, sections, pages, drives, lineage: Some(lineage), set })
+    Ok(Opened { machine, cpu, regions, sections, pages, drives, lineage: Some(lineage), set })
 }
 
 /// Marks what comes as a descriptor, and takes those that came: first of drives, then of

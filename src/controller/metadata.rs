@@ -6,7 +6,10 @@
 use std::sync::Arc;
 
 use api::{Fault, FaultKind, Reply, spec};
-use devices::mmds::{DEFAULT_ADDRESS, DEFAULT_SIZE_LIMIT, Mmds, MmdsConfig, MmdsError, MmdsVersion};
+use devices::{
+    mmds::{DEFAULT_ADDRESS, DEFAULT_SIZE_LIMIT, Mmds, MmdsConfig, MmdsError, MmdsVersion},
+    state::Section,
+};
 use serde_json::{Value, json};
 
 use super::Controller;
@@ -46,6 +49,14 @@ impl Controller {
         };
         service.configure(wanted, &known).map_err(|e| fault(&e))?;
         Ok(Some(service))
+    }
+
+    /// Takes over data and configuration of a machine that was saved.
+    pub(super) fn restore_metadata(&mut self, section: &Section) -> Result<(), Fault> {
+        let known: Vec<String> = self.spec.network_interfaces.iter().map(|n| n.iface_id.clone()).collect();
+        let known: Vec<&str> = known.iter().map(String::as_str).collect();
+        let restored = self.service()?.restore(section, &known);
+        restored.map_err(|e| Fault::from_error(FaultKind::Invalid, &e))
     }
 
     fn service(&mut self) -> Result<Arc<Mmds>, Fault> {

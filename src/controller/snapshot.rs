@@ -49,7 +49,7 @@ use crate::{
         disk::HostDisk, extents::Run, hint_from, manifest,
     },
     vm::{
-        capture::{From, Part},
+        capture::{Capture, From, Part},
         image::{self, Image},
         pages::Piece,
     },
@@ -298,7 +298,7 @@ impl Controller {
         };
         let lineage = self.lineage.as_ref();
         let parent = lineage.filter(|_| changed_only && create.mem_file_path.is_none());
-        let subject = subject(&self.spec, &create, capture.regions.clone(), parent);
+        let subject = subject(&self.spec, &create, &capture, parent);
         running.job.total_bytes = capture.bytes();
         running.progress.total.store(capture.bytes(), Relaxed);
         let running_from = lineage.iter().map(|lineage| lineage.path.clone()).collect();
@@ -447,20 +447,15 @@ fn captured(spec: &Spec, how: DriveCapture) -> Result<Vec<Captured>, Fault> {
 }
 
 /// What a snapshot says of the machine.
-fn subject(
-    spec: &Spec,
-    create: &CreateSnapshot,
-    regions: Vec<snapshot::Region>,
-    parent: Option<&Lineage>,
-) -> Subject {
+fn subject(spec: &Spec, create: &CreateSnapshot, capture: &Capture, parent: Option<&Lineage>) -> Subject {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Subject {
         nacelle: env!("CARGO_PKG_VERSION").to_owned(),
         created: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
         machine: serde_json::to_value(spec).unwrap_or_default(),
-        cpu: Value::Null,
+        cpu: serde_json::to_value(&capture.needs).unwrap_or_default(),
         note: create.note.clone().map_or(Value::Null, Value::Object),
-        regions,
+        regions: capture.regions.clone(),
         parent: parent.map(|lineage| Parent {
             id: lineage.id,
             index: lineage.index,

@@ -16,7 +16,9 @@ use arch::{
     acpi, boot, cpuid,
     irqchip::{self, ClockPolicy},
     kernel::{BootError, BootFile, CommandLine, What},
-    layout, regs,
+    layout,
+    needs::{Needs, NeedsError},
+    regs,
     state::StateShape,
     template::Template,
 };
@@ -103,6 +105,8 @@ pub enum Origin {
 pub struct Restored {
     /// Its state.
     pub saved: Saved,
+    /// What it needs of the CPU, as far as that was recorded.
+    pub needs: Option<Needs>,
     /// RAM.
     pub memory: Source,
     /// What its clock does with the time that has passed.
@@ -182,6 +186,9 @@ pub enum BuildError {
     /// Two things at one address.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// This host's processors are not good enough for a saved machine.
+    #[error(transparent)]
+    Needs(#[from] NeedsError),
     /// A saved machine does not come back.
     #[error(transparent)]
     Saved(#[from] SavedError),
@@ -241,6 +248,11 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
     let mut annex = Annex::open(spec, was.as_ref())?;
     let template = cpu::template(spec).map_err(processors)?;
     let kvm = kvm::open_for(&template)?;
+    if let Origin::Saved(restored) = &origin
+        && let Some(needs) = &restored.needs
+    {
+        needs.check(&kvm)?;
+    }
     let vm = kvm::create_vm(&kvm)?;
     let (ram, beneath, served) = ram(config, &mut origin)?;
     let slots = memory::register(&vm, &ram, config.track_dirty_pages)?;
@@ -305,7 +317,6 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
                 consoles: &consoles,
                 places: &places,
                 registers: registers.as_deref(),
-                mmds: plan.mmds.as_deref(),
             };
             annex.physical_bits = state.restore(*restored, &host, &memory, &annex, config)?;
             Loading::done()
@@ -317,13 +328,14 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
     let buses = Buses { mmio, ports, milestones, loading: Arc::new(loading) };
     let vcpus = Vcpus::spawn(fds, &buses, &plan.reporter)?;
     let room = registers.zip(cpuid).map(|(registers, cpuid)| {
-        let made_from = ((cpuid, template), (buses, Arc::clone(&plan.reporter)));
+        let made_from = ((cpuid, template.clone()), (buses, Arc::clone(&plan.reporter)));
         Room::new(config.vcpus_max(), made_from.0, made_from.1, registers)
     });
     Ok(Vm {
         vcpus,
         room,
         shape,
+        template,
         devices: places.take_devices(),
         places,
         severed: Vec::new(),
@@ -465,7 +477,6 @@ struct State<'a> {
     consoles: &'a Consoles,
     places: &'a Places,
     registers: Option<&'a processors::Processors>,
-    mmds: Option<&'a Mmds>,
 }
 
 impl State<'_> {
@@ -480,7 +491,7 @@ impl State<'_> {
         annex: &Annex,
         config: &spec::MachineConfig,
     ) -> Result<u8, BuildError> {
-        let Restored { mut saved, memory: source, clock } = restored;
+        let Restored { mut saved, memory: source, clock, .. } = restored;
         saved.clock()?.load(host.vm(), clock).map_err(SavedError::from)?;
         saved.irqchip()?.load(host.vm()).map_err(SavedError::from)?;
         // At most 64 vCPUs.
@@ -505,12 +516,6 @@ impl State<'_> {
         let serial = saved.section_if_there("serial")?;
         self.consoles.restore(serial.as_ref()).map_err(SavedError::from)?;
         self.board.keyboard.restore(&saved.section("i8042")?).map_err(SavedError::from)?;
-        let mmds = saved.section_if_there("mmds")?;
-        if let (Some(mmds), Some(section)) = (self.mmds, mmds) {
-            let known: Vec<String> = self.places.devices().iter().map(|(name, _)| name.clone()).collect();
-            let known: Vec<&str> = known.iter().map(String::as_str).collect();
-            mmds.restore(&section, &known).map_err(SavedError::from)?;
-        }
         self.board.power.restore(&saved.section("power")?).map_err(SavedError::from)?;
         let pieces = capture::plugged(memory, annex);
         if !pieces.is_empty() {

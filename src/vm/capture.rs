@@ -13,6 +13,7 @@
 
 use std::{fs::File, io, ops::Range, sync::Arc};
 
+use arch::needs::Needs;
 use devices::{Memory, mmds::Mmds, state::Section};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -66,6 +67,8 @@ pub struct Part {
 pub struct Capture {
     /// Its state.
     pub sections: Vec<Section>,
+    /// What it needs of the CPU.
+    pub needs: Needs,
     /// Where guest memory lies in the memory file.
     pub regions: Vec<Region>,
     /// What is to be written, in rising order.
@@ -87,7 +90,7 @@ impl Vm {
     /// With `changed_only`, of memory only what was written since the snapshot that was taken or
     /// loaded last (or more, never less).
     pub fn capture(&mut self, changed_only: bool, mmds: Option<&Arc<Mmds>>) -> Result<Capture, VmError> {
-        let sections = self.save(mmds)?;
+        let (sections, needs) = self.save(mmds)?;
         let (ram, plugged) = (pages::pieces(&self.ram), plugged(&self.memory, &self.annex));
         let mut dirty = std::mem::take(&mut self.carried);
         if self.tracks_dirty_pages {
@@ -127,7 +130,7 @@ impl Vm {
             self.gap(changed_only, Run { start: at, end: window.end }, &mut parts);
         }
         let regions = self.regions();
-        Ok(Capture { sections, regions, parts, dirty: dirty.finish().runs().to_vec() })
+        Ok(Capture { sections, needs, regions, parts, dirty: dirty.finish().runs().to_vec() })
     }
 
     /// RAM that only a touch brings forth, if there is such: it must all be there before the machine

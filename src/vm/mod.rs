@@ -40,7 +40,7 @@ pub mod saved;
 use std::{path::Path, sync::Arc};
 
 use api::FaultKind;
-use arch::state::StateShape;
+use arch::{state::StateShape, template::Template};
 use devices::{
     Memory,
     legacy::{
@@ -160,6 +160,8 @@ pub struct Vm {
     pub(crate) vcpus: Vcpus,
     /// What of a vCPU is saved on this host.
     pub(crate) shape: Arc<StateShape>,
+    /// What its CPUs were changed by.
+    pub(crate) template: Template,
     /// Virtio devices by name, in the order the guest finds them.
     pub(crate) devices: Vec<(String, Arc<dyn Transport>)>,
     pub(crate) power: Arc<Power>,

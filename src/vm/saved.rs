@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use arch::{
     irqchip::{ClockState, IrqchipError, IrqchipState},
+    needs::Needs,
     state::VcpuState,
 };
 use devices::{
@@ -222,8 +223,8 @@ impl Saved {
 }
 
 impl Vm {
-    /// The state of the machine; only while it is paused.
-    pub fn save(&self, mmds: Option<&Arc<Mmds>>) -> Result<Vec<Section>, VmError> {
+    /// The state of the machine, and what it needs of the CPU; only while it is paused.
+    pub fn save(&self, mmds: Option<&Arc<Mmds>>) -> Result<(Vec<Section>, Needs), VmError> {
         if let Some(slot) = self.severed.first() {
             return Err(VmError::Severed { slot: *slot });
         }
@@ -252,11 +253,12 @@ impl Vm {
         }
         let vm = self.host.vm();
         parts.push(Part::plain("clock", "", ClockState::save(vm)?.to_bytes()));
-        for (index, vcpu) in self.vcpus.save(&self.shape)?.iter().enumerate() {
+        let vcpus = self.vcpus.save(&self.shape)?;
+        for (index, vcpu) in vcpus.iter().enumerate() {
             parts.push(Part::plain("vcpu", &index.to_string(), vcpu.to_bytes()));
         }
         parts.push(Part::plain("irqchip", "", IrqchipState::save(vm)?.to_bytes()));
-        Ok(encode(parts))
+        Ok((encode(parts), Needs::of(&vcpus, &self.template, None)))
     }
 }
 
