@@ -34,6 +34,7 @@ mod guest;
 mod hostile;
 mod hotplug;
 mod kernel;
+mod kills;
 mod lazy;
 mod live;
 mod net;
