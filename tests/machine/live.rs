@@ -19,6 +19,7 @@ use crate::{
 
 /// Two processes that write, one that reads the disk; then a word whenever one is said.
 const RESTLESS: &str = r#"
+    export booted=$(dmesg | wc -l)
     for name in one two; do
         (TASK="rounds 4 /tmp/$name" side --nocapture --ignored --exact side::in_the_guest || echo torn memory) &
     done
@@ -41,7 +42,7 @@ const RESTLESS: &str = r#"
     touch /tmp/stop
     wait
     fact sum $(cut -d' ' -f1 /tmp/before)
-    part complaints sh -c 'dmesg | grep -A 12 -E "WARNING|BUG|lockup" || true'
+    part complaints sh -c 'dmesg | tail -n +$((booted + 1)) | grep -A 12 -E "WARNING|BUG|lockup" || true'
 "#;
 
 fn restless(transport: Transport, memory: u64) -> (Setup, String) {

@@ -64,6 +64,7 @@ pub fn pair(vm: &Vm, name: &str) -> (CreateSnapshot, LoadSnapshot) {
 /// Counts in the background, and after each word on its console tells how far it is; then checks
 /// its disk.
 const COUNTING: &str = r#"
+    export booted=$(dmesg | wc -l)
     (n=0; while :; do n=$((n + 1)); echo $n > /tmp/count.new; mv /tmp/count.new /tmp/count; done) &
     sha256sum < /dev/vda > /tmp/before
     dmesg -c > /dev/null
@@ -79,7 +80,7 @@ const COUNTING: &str = r#"
     cmp /tmp/before /tmp/after
     dd if=/dev/hwrng of=/dev/null bs=64 count=4 2>/dev/null
     fact sum $(cut -d' ' -f1 /tmp/after)
-    part complaints sh -c 'dmesg | grep -A 12 -E "WARNING|BUG|lockup" || true'
+    part complaints sh -c 'dmesg | tail -n +$((booted + 1)) | grep -A 12 -E "WARNING|BUG|lockup" || true'
 "#;
 
 pub fn counting(transport: Transport) -> (Setup, String) {
