@@ -124,6 +124,23 @@ fn a_machine_goes_on_while_it_is_saved_and_its_clones_are_of_one_moment() {
 }
 
 #[test]
+fn memory_that_comes_when_it_is_touched_is_brought_before_it_is_held() {
+    let (setup, sum) = restless(Transport::Mmio, 256);
+    let mut vm = setup.start_with_api();
+    vm.wait_for("begun\n");
+    let (mut create, load) = directory(&vm, "stored");
+    create.store = Some(vm.folder().join("store"));
+    taken(&mut vm, create);
+    let mut paged = clone(&vm, "paged", &load);
+    let (create, load) = directory(&paged, "again");
+    let job = taken(&mut paged, create);
+    assert_eq!(job.total_bytes, 256 << 20);
+    ended(clone(&paged, "again", &load), &sum);
+    ended(paged, &sum);
+    ended(vm, &sum);
+}
+
+#[test]
 fn live_diffs_with_three_pieces_of_memory_are_of_one_moment() {
     // Beyond 3 GiB there is a hole for devices, and memory behind it.
     let (mut setup, sum) = restless(Transport::Mmio, 3328);
