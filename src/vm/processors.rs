@@ -129,6 +129,10 @@ impl Room {
 
     fn configure(&self, index: u8, fd: &VcpuFd) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         regs::configure_waiting_vcpu(fd, index, &self.cpuid.for_vcpu(index)?)?;
+        // KVM looks up whom a start-up message is for in a map that it makes anew when a local APIC
+        // changes, and not when a vCPU is made: without this the last one that came is never
+        // reached, unless another one happens to start after it.
+        fd.set_lapic(&fd.get_lapic()?)?;
         Ok(self.template.change_msrs(std::slice::from_ref(fd))?)
     }
 

@@ -329,6 +329,27 @@ fn all_that_came_while_the_machine_ran_comes_back() {
     }
 }
 
+#[test]
+fn a_machine_that_came_back_takes_further_vcpus() {
+    let script = r#"
+        echo ready
+        read -r word
+        until [ -e /sys/devices/system/cpu/cpu2 ]; do sleep 0.1; done
+        echo 1 > /sys/devices/system/cpu/cpu2/online || true
+        part log sh -c 'dmesg | tail -n 20'
+        fact cpus $(nproc)"#;
+    let mut setup = Setup::new(Kernel::quick(), Transport::Pci).size(2, 128).script(script);
+    setup.spec.machine_config.max_vcpu_count = Some(4);
+    let vm = setup.start_with_api();
+    vm.wait_for("ready\n");
+    let (create, load) = directory(&vm, "machine");
+    let mut vm = handed_over(vm, &create, &load);
+    done(vm.client().patch("/machine-config", Some(&json!({ "vcpu_count": 3 }))));
+    vm.say("go");
+    let ended = vm.succeed();
+    assert_eq!(ended.fact("cpus"), "3", "{}", ended.part("log"));
+}
+
 #[track_caller]
 fn refused(outcome: Result<Value, api::client::ClientError>, words: &str) {
     let why = outcome.expect_err("this was to be refused").to_string();

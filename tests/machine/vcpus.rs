@@ -36,7 +36,9 @@ const SCRIPT: &str = r#"
     part clocks sh -c "dmesg | grep -iE 'tsc|clocksource'"
     echo next; read -r word
     for i in $(seq 300); do [ "$(cpus present)" = 0-3 ] && break; sleep 0.1; done
-    fact last $(cpus present)"#;
+    fact last $(cpus present)
+    echo 1 > /sys/devices/system/cpu/cpu3/online
+    fact all $(cpus online)"#;
 
 fn done(outcome: Result<Value, ClientError>) {
     assert_eq!(outcome.unwrap_or_else(|e| panic!("{e}")), Value::Null);
@@ -98,6 +100,7 @@ fn grows(kernel: Kernel, transport: Transport) {
         ("flags", "1"),
         ("cores", "3"),
         ("last", "0-3"),
+        ("all", "0-3"),
     ] {
         ended.is(name, value);
     }
