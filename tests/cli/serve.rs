@@ -133,7 +133,8 @@ fn machines_are_launched_asked_waited_for_and_removed_through_a_service_that_may
     let mut events = Lines::follow(&service, "/events");
 
     // What it prints and how it ends comes back.
-    let machine = service.launch("brief", "echo hello; echo problem >&2; read line; exit 7");
+    // Which of two streams is read first is nobody's promise.
+    let machine = service.launch("brief", "echo hello; sleep 1; echo problem >&2; read line; exit 7");
     assert_eq!((&machine["name"], &machine["resources"]["memory_mib"]), (&"brief".into(), &256.into()));
     let (status, ended) = service.ask("POST", "/machines/brief/wait", None);
     assert_eq!((status, &ended["exit_code"]), (200, &7.into()), "{ended}");
