@@ -23,6 +23,7 @@ pub mod debug;
 pub mod footprint;
 pub mod logger;
 pub mod metrics;
+pub mod pagemap;
 pub mod pager;
 pub mod phase;
 pub mod serve;

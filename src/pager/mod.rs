@@ -36,7 +36,6 @@
 mod bell;
 mod handler;
 mod ledger;
-pub mod pagemap;
 mod serve;
 mod source;
 #[cfg(test)]
@@ -51,7 +50,7 @@ pub use handler::{Handler, PATIENCE};
 pub use serve::{Pager, Served, Touched};
 pub use source::ChainSource;
 
-use crate::snapshot::extents::Extents;
+use crate::{pagemap::Span, snapshot::extents::Extents};
 
 /// Bytes of a small page.
 pub const PAGE: u64 = 4096;
@@ -95,6 +94,11 @@ impl Range {
             return Err(PagerError::Range { host, len, offset, page_size });
         }
         Ok(Range { host, len, offset, page_size })
+    }
+
+    /// The same as a mapping, whatever the size of its pages.
+    fn span(self) -> Span {
+        Span { host: self.host, len: self.len, offset: self.offset }
     }
 
     fn end(self) -> u64 {

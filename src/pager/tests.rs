@@ -20,7 +20,10 @@ use std::{
 };
 
 use super::*;
-use crate::snapshot::extents::{Gathering, Run};
+use crate::{
+    pagemap::PageMap,
+    snapshot::extents::{Gathering, Run},
+};
 
 /// No test waits longer, and none needs a hundredth of it.
 pub(super) const LONG: Duration = Duration::from_secs(60);
@@ -86,7 +89,7 @@ impl Area {
     pub(super) fn there(self) -> Vec<u64> {
         let mut found = Vec::new();
         let tell = |run: Run, _| found.extend(run.start / PAGE..run.end / PAGE);
-        pagemap::scan(self.range(0), tell).unwrap();
+        PageMap::open().unwrap().scan(self.range(0).span(), tell).unwrap();
         found
     }
 }

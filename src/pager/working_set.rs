@@ -35,12 +35,15 @@ use std::{
 
 use rustix::fs::{self, AtFlags};
 
-use super::{PAGE, Range, pagemap};
-use crate::snapshot::{
-    Digest, Id, Snapshot,
-    digest::LEN,
-    disk::{Disk, HostDisk, read_whole},
-    extents::{Extents, Run},
+use super::{PAGE, Range};
+use crate::{
+    pagemap::PageMap,
+    snapshot::{
+        Digest, Id, Snapshot,
+        digest::LEN,
+        disk::{Disk, HostDisk, read_whole},
+        extents::{Extents, Run},
+    },
 };
 
 /// Name of the file in the snapshot's directory.
@@ -130,8 +133,9 @@ impl WorkingSet {
     /// What was touched of private mappings of a snapshot's memory file since they were made.
     pub fn of_mappings(ranges: &[Range]) -> io::Result<WorkingSet> {
         let (mut touched, mut written) = (Vec::new(), Vec::new());
+        let map = PageMap::open()?;
         for range in ranges {
-            pagemap::scan(*range, |run, own| {
+            map.scan(range.span(), |run, own| {
                 join(&mut touched, run, TOUCHED_GAP);
                 if own {
                     join(&mut written, run, 0);

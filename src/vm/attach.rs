@@ -28,7 +28,7 @@ use devices::{
     worker::Worker,
 };
 
-use super::faults::Faults;
+use super::{faults::Faults, saved::Slots};
 
 /// Why a device could not be attached.
 #[derive(Debug, thiserror::Error)]
@@ -90,11 +90,8 @@ pub struct Places {
     devices: Vec<(String, Arc<dyn Transport>)>,
     faults: Arc<Faults>,
     /// Where devices of a saved machine were.
-    was: Option<Was>,
+    was: Option<Slots>,
 }
-
-/// The slot of a device by its kind and name; nothing when it is not known.
-pub type Was = Box<dyn Fn(&str, &str) -> Option<u8> + Send>;
 
 impl Places {
     /// All places free. With `pci`, devices go there instead of to memory-mapped pages. Trouble of
@@ -122,7 +119,7 @@ impl Places {
 
     /// Has devices put into the slots they were in, with nothing of what a firmware would set up:
     /// the guest's settings are about to be restored.
-    pub fn as_they_were(&mut self, was: Was) {
+    pub fn as_they_were(&mut self, was: Slots) {
         self.was = Some(was);
     }
 
@@ -179,7 +176,7 @@ impl Places {
                 let slot = free_slot(name, pci)?;
                 (slot, Some(layout::PCI_WINDOW_32.start + BAR_LENGTH * u64::from(slot)))
             }
-            Some(was) => match was(device.about().kind, name) {
+            Some(was) => match was.of(device.about().kind, name) {
                 Some(slot) => (slot, None),
                 None => (free_slot(name, pci)?, None),
             },

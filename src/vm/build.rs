@@ -278,8 +278,7 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
     let mut places =
         Places::new(memory.clone(), host.clone(), mmio.clone(), pci.clone(), plan.faults.clone());
     if let Origin::Saved(restored) = &origin {
-        let saved = restored.saved.clone();
-        places.as_they_were(Box::new(move |kind, name| saved.slot_of(kind, name).ok().flatten()));
+        places.as_they_were(restored.saved.slots());
     }
     let parts = Parts {
         spec,

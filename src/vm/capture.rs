@@ -21,11 +21,14 @@ use super::{
     Vm, VmError,
     annex::Annex,
     lazy::Layers,
-    pages::{self, PageMap, Piece, Which},
+    pages::{self, Piece, Which},
 };
-use crate::snapshot::{
-    Region,
-    extents::{Gathering, Run},
+use crate::{
+    pagemap::PageMap,
+    snapshot::{
+        Region,
+        extents::{Gathering, Run},
+    },
 };
 
 /// What shows through where a machine has no page of its own.
@@ -165,7 +168,7 @@ impl Vm {
         };
         let known = !matches!(self.beneath, Beneath::Unknown);
         if let Some(map) = map.filter(|_| known) {
-            match map.find(piece, which, found) {
+            match pages::find(map, piece, which, found) {
                 Ok(()) => return,
                 Err(e) => log::warn!("All of memory is read, as what was touched is not known: {e}"),
             }

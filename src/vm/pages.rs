@@ -14,18 +14,18 @@
 //!
 //! Offsets are those of the memory file: RAM region after region, then the pluggable region.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::io;
 
 use devices::Memory;
 use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::snapshot::extents::{Gathering, Run};
+use crate::{
+    pagemap::{PageMap, Span},
+    snapshot::extents::{Gathering, Run},
+};
 
 const PAGE: u64 = 4096;
-
-/// Entries of `/proc/self/pagemap` that are read at a time: 64 KiB, for 32 MiB of memory.
-const ENTRIES: usize = 8192;
 
 /// A piece of guest memory with its place in this process and in the memory file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,57 +73,14 @@ pub enum Which {
     Own,
 }
 
-// Bits of an entry (Linux Documentation/admin-guide/mm/pagemap.rst).
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const OF_FILE: u64 = 1 << 61;
-
-impl Which {
-    fn holds(self, entry: u64) -> bool {
-        let there = entry & (PRESENT | SWAPPED) != 0;
-        there && (self == Which::Touched || entry & OF_FILE == 0)
-    }
-}
-
-/// The kernel's list of this process's pages.
-pub struct PageMap(File);
-
-impl PageMap {
-    /// Opens it; fails where `/proc` is not mounted.
-    pub fn open() -> io::Result<PageMap> {
-        File::open("/proc/self/pagemap").map(PageMap)
-    }
-
-    /// Adds the pages of `piece` that are there, as runs of the memory file.
-    pub fn find(&self, piece: Piece, which: Which, found: &mut Gathering) -> io::Result<()> {
-        let mut buffer = vec![0u8; 8 * ENTRIES];
-        let pages = piece.len / PAGE;
-        let first = piece.host as u64 / PAGE;
-        let mut start = None;
-        let mut at = 0;
-        while at < pages {
-            let count = (pages - at).min(ENTRIES as u64);
-            let bytes = buffer.get_mut(..8 * count as usize).unwrap_or_default();
-            self.0.read_exact_at(bytes, 8 * (first + at))?;
-            let (entries, _) = bytes.as_chunks::<8>();
-            for (page, entry) in (at..).zip(entries) {
-                let here = piece.offset + page * PAGE;
-                match (which.holds(u64::from_ne_bytes(*entry)), start) {
-                    (true, None) => start = Some(here),
-                    (false, Some(begun)) => {
-                        found.add(Run { start: begun, end: here });
-                        start = None;
-                    }
-                    _ => {}
-                }
-            }
-            at += count;
+/// Adds the pages of `piece` that are there, as runs of the memory file.
+pub fn find(map: &PageMap, piece: Piece, which: Which, found: &mut Gathering) -> io::Result<()> {
+    let span = Span { host: piece.host as u64, len: piece.len, offset: piece.offset };
+    map.scan(span, |run, own| {
+        if own || which == Which::Touched {
+            found.add(run);
         }
-        if let Some(start) = start {
-            found.add(Run { start, end: piece.offset + piece.len });
-        }
-        Ok(())
-    }
+    })
 }
 
 /// Takes what was written to RAM since the last time: KVM's log of slots 0 and on (KVM API section
@@ -161,6 +118,8 @@ fn add_bits(piece: Piece, words: &[u64], found: &mut Gathering) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use api::spec::MachineConfig;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -174,7 +133,7 @@ mod tests {
 
     fn found(memory: &Memory, which: Which) -> Vec<Run> {
         let (map, mut found) = (PageMap::open().unwrap(), Gathering::default());
-        pieces(memory).into_iter().for_each(|piece| map.find(piece, which, &mut found).unwrap());
+        pieces(memory).into_iter().for_each(|piece| find(&map, piece, which, &mut found).unwrap());
         found.finish().runs().to_vec()
     }
 

@@ -131,6 +131,18 @@ pub fn encode(parts: Vec<Part>) -> Vec<Section> {
     sections
 }
 
+/// The PCI slots of a saved machine's devices.
+#[derive(Debug, Clone, Default)]
+pub struct Slots(Vec<(String, String, u8)>);
+
+impl Slots {
+    /// The slot of a device by its kind and name; nothing where it was in none.
+    pub fn of(&self, kind: &str, name: &str) -> Option<u8> {
+        let mut slots = self.0.iter();
+        slots.find(|(known, named, _)| known == kind && named == name).map(|(.., slot)| *slot)
+    }
+}
+
 /// The parts of a state file, taken out one by one.
 #[derive(Debug, Clone, Default)]
 pub struct Saved {
@@ -206,11 +218,10 @@ impl Saved {
         Ok(ClockState::from_bytes(&self.section("clock")?.bytes)?)
     }
 
-    /// The slot in which a device was. It stays in.
-    pub fn slot_of(&self, kind: &str, name: &str) -> Result<Option<u8>, SavedError> {
-        let part = self.parts.iter().find(|part| part.kind == kind && part.name == name);
-        let missing = || SavedError::Missing { kind: kind.to_owned(), name: name.to_owned() };
-        Ok(part.ok_or_else(missing)?.slot)
+    /// The PCI slots in which devices were.
+    pub fn slots(&self) -> Slots {
+        let in_slot = |part: &Part| Some((part.kind.clone(), part.name.clone(), part.slot?));
+        Slots(self.parts.iter().filter_map(in_slot).collect())
     }
 
     /// Nothing may be left that nobody took.
@@ -276,7 +287,7 @@ mod tests {
     #[test]
     fn parts_come_back_each_once() {
         let mut saved = Saved::decode(encode(parts())).unwrap();
-        assert_eq!(saved.slot_of("virtio-block", "root").unwrap(), Some(3));
+        assert_eq!(saved.slots().of("virtio-block", "root"), Some(3));
         assert_eq!(saved.take("virtio-block", "root").unwrap(), parts()[1]);
         assert!(matches!(saved.take("virtio-block", "root"), Err(SavedError::Missing { .. })));
         assert_eq!(saved.section("power").unwrap(), parts()[0].sections[0]);
