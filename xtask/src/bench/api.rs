@@ -20,7 +20,7 @@ use super::{
     Arguments,
     inside::{self, Copies, Copy, Monitor, PLACE, words},
     process,
-    report::{self, Figure, Program, Report, Target},
+    report::{self, Figure, Report, Target},
 };
 use crate::{host, kernel};
 
@@ -171,11 +171,7 @@ fn report(place: &str, plan: &Plan, found: &[Vec<Cost>]) -> Report {
     for (costs, monitor) in found.iter().zip(&plan.monitors) {
         let runs = costs.iter().map(|cost| format!("{:.0}", cost.start)).collect::<Vec<_>>().join(", ");
         report.notes.push(format!("{}: InstanceStart {runs} us", monitor.name));
-        report.programs.push(Program {
-            name: monitor.name.clone(),
-            version: monitor.version.clone(),
-            command: monitor.command.clone(),
-        });
+        report.programs.push(monitor.into());
     }
     report
 }

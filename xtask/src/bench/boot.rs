@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Arguments,
     inside::{self, Copies, Copy, Monitor, PLACE, words},
-    report::{self, Figure, Program, Report, Target},
+    report::{self, Figure, Report, Target},
     spent::{self, Spent},
     trace::{self, Exits},
 };
@@ -206,11 +206,7 @@ fn report(place: &str, plan: &Plan, found: &[Found]) -> Report {
             listed(&found.exits.all),
             listed(&found.exits.userspace),
         ));
-        report.programs.push(Program {
-            name: monitor.name.clone(),
-            version: monitor.version.clone(),
-            command: monitor.command.clone(),
-        });
+        report.programs.push(monitor.into());
     }
     report
 }

@@ -233,13 +233,7 @@ fn report(place: &str, plan: &Plan, found: &[Found]) -> Report {
             listed(&one.kernel)
         ));
     }
-    for monitor in &plan.monitors {
-        report.programs.push(Program {
-            name: monitor.name.clone(),
-            version: monitor.version.clone(),
-            command: monitor.command.clone(),
-        });
-    }
+    report.programs.extend(plan.monitors.iter().map(Program::from));
     report
 }
 

@@ -13,7 +13,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{Arguments, report};
+use super::{
+    Arguments,
+    report::{self, Program},
+};
 use crate::{build, host, lab};
 
 /// Where the measured files are copied to, so that no reading of a disk or of the lab's shared
@@ -29,6 +32,13 @@ pub struct Monitor {
     pub version: String,
     /// Its program, which is copied to [`PLACE`], and its arguments.
     pub command: Vec<String>,
+}
+
+impl From<&Monitor> for Program {
+    fn from(monitor: &Monitor) -> Program {
+        let Monitor { name, version, command } = monitor.clone();
+        Program { name, version, command }
+    }
 }
 
 /// A file and where it is copied to.

@@ -21,7 +21,7 @@ use super::{
     Arguments,
     inside::{self, Copies, Monitor},
     process,
-    report::{self, Figure, Program, Report, Target},
+    report::{self, Figure, Report, Target},
     saved::{self, Machine, Place, Plan, Shape},
 };
 use crate::host;
@@ -163,11 +163,7 @@ fn report(place: &str, plan: &Plan, found: &[Found]) -> Report {
             middle(&one.small, |cost| cost.served),
             one.bytes / 1024.0
         ));
-        report.programs.push(Program {
-            name: monitor.name.clone(),
-            version: monitor.version.clone(),
-            command: monitor.command.clone(),
-        });
+        report.programs.push(monitor.into());
     }
     report
 }

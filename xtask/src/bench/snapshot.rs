@@ -236,13 +236,7 @@ fn report(place: &str, plan: &Plan, found: &[Found]) -> Report {
         report.figures.push(live.target(Target::AtMost(10_000.0)));
     }
     report.notes.extend(ours.live_error.iter().map(|error| format!("No live snapshot: {error}")));
-    for monitor in &plan.monitors {
-        report.programs.push(Program {
-            name: monitor.name.clone(),
-            version: monitor.version.clone(),
-            command: monitor.command.clone(),
-        });
-    }
+    report.programs.extend(plan.monitors.iter().map(Program::from));
     report
 }
 
