@@ -4,6 +4,16 @@
 //! The owner keeps the types it saves apart from the types it works with, gives each layout
 //! a version, and checks every value on the way in: a section may come from a file or a peer
 //! that lies.
+//!
+//! A machine outlives the program that saved it. Whoever changes a layout gives it the next number
+//! and goes on reading the two before, by their own types:
+//!
+//! ```text
+//!   match section.version {
+//!       1 => { let (a, b) = section.open(KIND, 1)?; Saved { a, b, c: what it was then } }
+//!       _ => section.open(KIND, VERSION)?,          any other version is refused here
+//!   }
+//! ```
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -30,13 +40,16 @@ pub enum StateError {
         found: String,
     },
     /// The layout is one this build does not read.
-    #[error("Saved state of {kind} has version {found}; this build reads up to {newest}")]
+    #[error(
+        "Saved state of {kind} has version {found}; this build writes version {newest} and reads at most two \
+         older ones"
+    )]
     Version {
         /// Section kind.
         kind: &'static str,
         /// Version found.
         found: u16,
-        /// Newest version known here.
+        /// Version that is written here.
         newest: u16,
     },
     /// The bytes do not decode.
@@ -69,14 +82,14 @@ impl Section {
         Section { kind: kind.to_owned(), version, bytes }
     }
 
-    /// Decodes a section that must be `kind`, version 1 to `newest`. Trailing bytes are an
-    /// error. The decoded values are still the caller's to check.
-    pub fn open<T: DeserializeOwned>(&self, kind: &'static str, newest: u16) -> Result<T, StateError> {
+    /// Decodes a section that must be `kind` in the layout of `version`, which `T` is. Trailing
+    /// bytes are an error. The decoded values are still the caller's to check.
+    pub fn open<T: DeserializeOwned>(&self, kind: &'static str, version: u16) -> Result<T, StateError> {
         if self.kind != kind {
             return Err(StateError::Kind { expected: kind, found: self.kind.clone() });
         }
-        if self.version == 0 || self.version > newest {
-            return Err(StateError::Version { kind, found: self.version, newest });
+        if self.version != version {
+            return Err(StateError::Version { kind, found: self.version, newest: version });
         }
         let (value, rest) =
             postcard::take_from_bytes(&self.bytes).map_err(|source| StateError::Decode { kind, source })?;
@@ -102,7 +115,12 @@ mod tests {
     fn other_kinds_versions_and_lengths_are_refused() {
         let mut section = Section::new("demo", 2, &7u32);
         assert!(matches!(section.open::<u32>("other", 2), Err(StateError::Kind { .. })));
-        assert!(matches!(section.open::<u32>("demo", 1), Err(StateError::Version { .. })));
+        // Another version is another layout, be it newer or older.
+        for other in [1, 3] {
+            let error = section.open::<u32>("demo", other).unwrap_err();
+            assert!(matches!(error, StateError::Version { found: 2, .. }), "{error}");
+            assert!(error.to_string().contains(&format!("version 2; this build writes version {other}")));
+        }
         section.bytes.push(0);
         assert!(matches!(section.open::<u32>("demo", 2), Err(StateError::Impossible { .. })));
         section.bytes.clear();

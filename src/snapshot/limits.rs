@@ -6,8 +6,15 @@
 /// Version of the format that is written.
 pub const FORMAT: u32 = 1;
 
-/// How many versions before [`FORMAT`] are still read.
-pub const FORMATS_BEHIND: u32 = 2;
+/// How many versions before the one that is written are still read, of the format and of each of
+/// its files.
+pub const VERSIONS_BEHIND: u32 = 2;
+
+/// The versions that are read where `newest` is written.
+pub const fn readable(newest: u32) -> std::ops::RangeInclusive<u32> {
+    let oldest = newest.saturating_sub(VERSIONS_BEHIND);
+    (if oldest == 0 { 1 } else { oldest })..=newest
+}
 
 /// Bytes of a page, the unit of everything in a memory file.
 pub const PAGE: u64 = 4096;

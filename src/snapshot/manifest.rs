@@ -23,8 +23,8 @@ use super::{
     SnapshotError,
     digest::{Digest, Id, LEN},
     limits::{
-        ADDRESS_END, CHUNK_RANGE, DRIVES_MAX, FORMAT, FORMATS_BEHIND, HINT_MAX, KIND_MAX, MEMORY_MAX,
-        NAME_MAX, PAGE, REGIONS_MAX, SECTIONS_MAX, STATE_MAX,
+        ADDRESS_END, CHUNK_RANGE, DRIVES_MAX, FORMAT, HINT_MAX, KIND_MAX, MEMORY_MAX, NAME_MAX, PAGE,
+        REGIONS_MAX, SECTIONS_MAX, STATE_MAX, readable,
     },
 };
 
@@ -205,9 +205,9 @@ impl Manifest {
             needs: Vec<String>,
         }
         let front: Front = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
-        let oldest = FORMAT.saturating_sub(FORMATS_BEHIND).max(1);
-        if !(u64::from(oldest)..=u64::from(FORMAT)).contains(&front.format) {
-            let found = front.format;
+        let read = readable(FORMAT);
+        if !u32::try_from(front.format).is_ok_and(|format| read.contains(&format)) {
+            let (found, oldest) = (front.format, *read.start());
             return Err(SnapshotError::Version { path: path.into(), found, oldest, newest: FORMAT });
         }
         if let Some(name) = front.needs.into_iter().find(|n| !KNOWN.contains(&n.as_str())) {

@@ -31,7 +31,8 @@ use super::{Vm, VmError};
 
 const HEADING: &str = "part";
 const PLATFORM: &str = "platform";
-/// Of sections whose bytes are laid out by `arch`, which has versions of its own.
+/// Of sections whose bytes are laid out by `arch`. A saved vCPU has a version of its own in them,
+/// the interrupt controllers and the clock have only this one.
 const PLAIN: u16 = 1;
 /// Most parts that are read: vCPUs, devices and the rest.
 const PARTS_MAX: usize = 256;
@@ -202,7 +203,8 @@ impl Saved {
     pub fn vcpus(&mut self, count: u8) -> Result<Vec<VcpuState>, SavedError> {
         let one = |index: usize| {
             let part = self.take("vcpu", &index.to_string())?;
-            let bytes = part.sections.first().map(|section| &section.bytes[..]).unwrap_or_default();
+            let bytes = part.sections.first().map(|section| plain("vcpu", section)).transpose()?;
+            let bytes = bytes.unwrap_or_default();
             VcpuState::from_bytes(bytes).map_err(|source| SavedError::Vcpu { index, source })
         };
         (0..usize::from(count)).map(one).collect()
@@ -210,12 +212,12 @@ impl Saved {
 
     /// Takes the interrupt controllers.
     pub fn irqchip(&mut self) -> Result<IrqchipState, SavedError> {
-        Ok(IrqchipState::from_bytes(&self.section("irqchip")?.bytes)?)
+        Ok(IrqchipState::from_bytes(plain("irqchip", &self.section("irqchip")?)?)?)
     }
 
     /// Takes the clock.
     pub fn clock(&mut self) -> Result<ClockState, SavedError> {
-        Ok(ClockState::from_bytes(&self.section("clock")?.bytes)?)
+        Ok(ClockState::from_bytes(plain("clock", &self.section("clock")?)?)?)
     }
 
     /// The PCI slots in which devices were.
@@ -231,6 +233,17 @@ impl Saved {
             Some(Part { kind, name, .. }) => Err(SavedError::Unknown { kind, name }),
         }
     }
+}
+
+/// The bytes of a section that `arch` laid out, if it is `kind`.
+fn plain<'a>(kind: &'static str, section: &'a Section) -> Result<&'a [u8], StateError> {
+    if section.kind != kind {
+        return Err(StateError::Kind { expected: kind, found: section.kind.clone() });
+    }
+    if section.version != PLAIN {
+        return Err(StateError::Version { kind, found: section.version, newest: PLAIN });
+    }
+    Ok(&section.bytes)
 }
 
 impl Vm {
@@ -296,6 +309,22 @@ mod tests {
         assert!(left.contains(r#"none "x""#), "{left}");
         saved.take("none", "x").unwrap();
         saved.finish().unwrap();
+    }
+
+    #[test]
+    fn what_a_newer_build_laid_out_is_refused_with_both_versions() {
+        let newer = |(kind, name): (&'static str, &str)| {
+            let mut part = Part::plain(kind, name, vec![0; 64]);
+            part.sections[0].version += 1;
+            part
+        };
+        let parts = [("clock", ""), ("irqchip", ""), ("vcpu", "0")].map(newer);
+        let mut saved = Saved::decode(encode(parts.into())).unwrap();
+        let errors = [saved.clock().err(), saved.irqchip().err(), saved.vcpus(1).err()];
+        for (kind, error) in ["clock", "irqchip", "vcpu"].iter().zip(errors) {
+            let error = error.unwrap().to_string();
+            assert!(error.contains(&format!("{kind} has version 2; this build writes version 1")), "{error}");
+        }
     }
 
     #[test]

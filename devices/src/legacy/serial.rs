@@ -67,6 +67,7 @@ const LCR_DIVISOR: u8 = 1 << 7;
 const LSR_READY: u8 = 1;
 const LSR_IDLE: u8 = 0x60;
 const KIND: &str = "serial";
+const VERSION: u16 = 2;
 
 type Uart = vm_superio::Serial<Line, Room, Sender>;
 
@@ -204,14 +205,14 @@ impl Serial {
             input: state.in_buffer,
             limit,
         };
-        Section::new(KIND, 1, &saved)
+        Section::new(KIND, VERSION, &saved)
     }
 
     /// Takes over saved registers. A pending interrupt is raised again, because the one that was
     /// raised may have been under way (a lost transmit interrupt stops a driver for good). The
     /// limit is this port's own; where it is the one that was saved, its tokens come back.
     pub fn restore(&self, section: &Section) -> Result<(), StateError> {
-        let saved: Saved = section.open(KIND, 1)?;
+        let saved = Saved::read(section)?;
         let impossible = |reason: String| StateError::Impossible { kind: KIND, reason };
         let listens = saved.interrupt_enable & IER_RECEIVE != 0;
         let bucket = saved.limit.map(|bucket| Bucket::restore(&bucket, limiter::now())).transpose();
@@ -331,7 +332,7 @@ impl Handler for PortHandler {
     }
 }
 
-/// What is saved of a port, version 1.
+/// What is saved of a port, version 2.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Saved {
     divisor: [u8; 2],
@@ -347,6 +348,26 @@ struct Saved {
 }
 
 impl Saved {
+    /// Of version 1, too, which was all but the limit.
+    fn read(section: &Section) -> Result<Saved, StateError> {
+        if section.version != 1 {
+            return section.open(KIND, VERSION);
+        }
+        let (divisor, enable, identification, line_control, modem_control, modem_status, scratch, input) =
+            section.open(KIND, 1)?;
+        Ok(Saved {
+            divisor,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control,
+            modem_control,
+            modem_status,
+            scratch,
+            input,
+            limit: None,
+        })
+    }
+
     /// Refuses what no UART can hold; bits that follow from others are computed.
     fn check(self) -> Result<SerialState, StateError> {
         let impossible = |reason: String| Err(StateError::Impossible { kind: KIND, reason });

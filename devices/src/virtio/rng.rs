@@ -69,6 +69,16 @@ struct Saved {
     limiter: LimiterState,
 }
 
+impl Saved {
+    /// Of version 1, too, which said nothing: there were no limits.
+    fn read(section: &Section) -> Result<Saved, StateError> {
+        match section.version {
+            1 => section.open(KIND, 1).map(|()| Saved { limiter: LimiterState::default() }),
+            _ => section.open(KIND, VERSION),
+        }
+    }
+}
+
 impl Rng {
     /// A device without limits that nobody has driven yet.
     pub fn new() -> Rng {
@@ -127,7 +137,7 @@ impl VirtioDevice for Rng {
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), DeviceError> {
-        let saved: Saved = section.open(KIND, VERSION)?;
+        let saved = Saved::read(section)?;
         let impossible = |reason| StateError::Impossible { kind: KIND, reason };
         Ok(self.throttle.restore(&saved.limiter).map_err(impossible)?)
     }
@@ -396,6 +406,17 @@ mod tests {
         let broken = LimiterState { ops: None, bandwidth: None };
         other.restore(&Section::new(KIND, VERSION, &Saved { limiter: broken })).unwrap();
         assert_eq!(other.throttle.config(), LimiterConfig::default());
+    }
+
+    #[test]
+    fn a_device_that_was_saved_before_there_were_limits_comes_back() {
+        let mut rng = Rng::new();
+        let saved = |version, bytes| Section { kind: KIND.to_owned(), version, bytes };
+        rng.restore(&saved(1, Vec::new())).unwrap();
+        rng.restore(&saved(2, vec![0, 0])).unwrap();
+        let error = rng.restore(&saved(3, vec![0, 0])).unwrap_err().to_string();
+        assert!(error.contains("version 3; this build writes version 2"), "{error}");
+        assert!(rng.restore(&saved(1, vec![0, 0])).is_err() && rng.restore(&saved(2, Vec::new())).is_err());
     }
 
     #[test]

@@ -8,7 +8,9 @@ use std::{
 use serde_json::Value;
 
 use super::*;
-use crate::snapshot::{Chain, Digest, Manifest, SnapshotError};
+use crate::snapshot::{
+    Chain, Digest, Manifest, SnapshotError, digest::LEN, index::Index, inspect, limits::readable, state,
+};
 
 fn small(dir: &Path) -> PathBuf {
     let path = dir.join("small");
@@ -192,6 +194,37 @@ fn versions_and_needs_are_named() {
     let mut more = body.clone();
     more["colour"] = "of a later version that nobody needs to know".into();
     Manifest::decode(&seal(&more), &path).unwrap();
+    // What older ones did not write yet.
+    more.as_object_mut().unwrap().remove("note");
+    assert!(Manifest::decode(&seal(&more), &path).unwrap().note.is_null());
+}
+
+#[test]
+fn the_version_that_is_written_and_two_before_it_are_read() {
+    assert_eq!([1, 2, 3, 4, 9].map(readable), [1..=1, 1..=2, 1..=3, 2..=4, 7..=9]);
+}
+
+#[test]
+fn files_of_a_newer_version_are_named_with_both_versions() {
+    let (_keep, dir) = temporary();
+    let path = small(&dir);
+    let manifest = inspect(&path).unwrap();
+    let renewed = |name: &str, sealed: bool| {
+        let mut bytes = std::fs::read(path.join(name)).unwrap();
+        bytes[8] = 2;
+        if sealed {
+            let end = bytes.len() - LEN;
+            let digest = Digest::of(&bytes[..end]).0;
+            bytes[end..].copy_from_slice(&digest);
+        }
+        bytes
+    };
+    let error = state::decode(&renewed(&manifest.state.file.name, true)).unwrap_err();
+    assert_eq!(error, "its version is 2; this build reads 1");
+    let memory = &manifest.memory;
+    let index = renewed(&memory.index.name, false);
+    let error = Index::decode(&index, memory.size, memory.chunk_size, memory.hashed).unwrap_err();
+    assert_eq!(error, "its version is 2; this build reads 1");
 }
 
 #[test]

@@ -236,7 +236,7 @@ fn output_beyond_the_limit_is_dropped_and_counted() {
 fn impossible_state_is_refused_and_changes_nothing() {
     let rig = rig(&Output::None);
     rig.put(7, 0x5a);
-    let saved: Saved = rig.serial.save().open(KIND, 1).unwrap();
+    let saved = Saved::read(&rig.serial.save()).unwrap();
     let config = BucketConfig { size: 8, one_time_burst: 0, refill_time_ms: 1000 };
     let bucket = Bucket::new(config, 0).unwrap().save(0);
     for broken in [
@@ -246,11 +246,28 @@ fn impossible_state_is_refused_and_changes_nothing() {
         Saved { limit: Some(BucketState { budget: 9, ..bucket }), ..saved.clone() },
         Saved { limit: Some(BucketState { refill_time_ms: 0, ..bucket }), ..saved.clone() },
     ] {
-        let section = Section::new(KIND, 1, &broken);
+        let section = Section::new(KIND, VERSION, &broken);
         assert!(matches!(rig.serial.restore(&section), Err(StateError::Impossible { .. })));
     }
     assert!(rig.serial.restore(&Section::new("power", 1, &0u8)).is_err());
     assert_eq!(rig.get(7), 0x5a);
+}
+
+#[test]
+fn a_port_that_was_saved_before_it_had_a_limit_comes_back() {
+    let rig = rig(&Output::None);
+    rig.put(7, 0x5a);
+    let mut old = rig.serial.save();
+    // Version 1 ended before the limit, of which there is none here.
+    assert_eq!((old.version, old.bytes.pop()), (2, Some(0)));
+    assert!(rig.serial.restore(&old).is_err(), "version 2 says whether there is a limit");
+    old.version = 1;
+    rig.put(7, 0xa5);
+    rig.serial.restore(&old).unwrap();
+    assert_eq!(rig.get(7), 0x5a);
+    old.version = 3;
+    let error = rig.serial.restore(&old).unwrap_err().to_string();
+    assert!(error.contains("serial has version 3; this build writes version 2"), "{error}");
 }
 
 #[test]

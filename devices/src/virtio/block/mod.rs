@@ -49,6 +49,7 @@ mod flight;
 mod job;
 mod pace;
 mod request;
+mod saved;
 mod stats;
 mod worker;
 
@@ -61,13 +62,12 @@ use std::{
     sync::{Arc, atomic::AtomicBool},
 };
 
-use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     Memory,
     disk::{self, Disk, DiskError, DiskOptions},
-    limiter::{LimiterConfig, LimiterState, Throttle},
+    limiter::{LimiterConfig, Throttle},
     limits::{BLOCK_QUEUES_MAX, QUEUE_SIZE_MAX},
     state::{Section, StateError},
     virtio::{
@@ -76,11 +76,11 @@ use crate::{
     },
     worker::{HandlerId, Worker},
 };
+use saved::Saved;
 use stats::Stats;
 use worker::{QueueHandler, Shared};
 
 const KIND: &str = "virtio-block";
-const VERSION: u16 = 2;
 const DEVICE_ID: u32 = 2;
 /// Mass storage controller, of no further class.
 const PCI_CLASS: u32 = 0x01_80_00;
@@ -175,18 +175,6 @@ pub enum BlockError {
     /// The disk itself.
     #[error(transparent)]
     Disk(#[from] DiskError),
-}
-
-/// What is saved of a disk. Its content is the owner's affair, and nothing is in flight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Saved {
-    sectors: u64,
-    queues: u16,
-    read_only: bool,
-    flush_failed: bool,
-    limiter: LimiterState,
-    /// The driver has not been told of its capacity yet.
-    announce: bool,
 }
 
 /// The queue halves, while the driver runs.
@@ -470,11 +458,11 @@ impl VirtioDevice for Block {
             limiter: self.throttle.save(),
             announce: self.announce,
         };
-        Section::new(KIND, VERSION, &saved)
+        saved.section()
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), DeviceError> {
-        let saved: Saved = section.open(KIND, VERSION)?;
+        let saved = Saved::read(section)?;
         let (id, sectors) = (&self.settings.id, self.disk.sectors());
         let wrong = |reason| Err(StateError::Impossible { kind: KIND, reason }.into());
         if saved.queues != self.settings.queues {

@@ -25,6 +25,7 @@ pub mod header;
 mod pool;
 pub mod port;
 mod rx;
+mod saved;
 mod tally;
 pub mod tap;
 mod tx;
@@ -49,6 +50,7 @@ use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 use self::{
     control::{Control, use_pairs},
     rx::Rx,
+    saved::Saved,
     tally::Tally,
     tx::Tx,
     worker::{Pair, RX_TIMER, Shared, TX_TIMER},
@@ -59,7 +61,7 @@ pub use self::{
 };
 use crate::{
     Memory,
-    limiter::{Gate, LimiterConfig, LimiterState, Throttle},
+    limiter::{Gate, LimiterConfig, Throttle},
     limits::{NET_PAIRS_MAX, NET_QUEUE_SIZE},
     mmds::Detour,
     state::{Section, StateError},
@@ -72,7 +74,6 @@ use crate::{
 };
 
 const KIND: &str = "virtio-net";
-const VERSION: u16 = 2;
 /// Smallest MTU that IPv4 can live with (RFC 791) and that the feature may announce.
 const MTU_MIN: u16 = 68;
 
@@ -456,11 +457,11 @@ impl VirtioDevice for Net {
         let pairs_in_use = self.shared.pairs.load(Ordering::Acquire);
         let (rx, tx) = (self.shared.rx_limits.save(), self.shared.tx_limits.save());
         let saved = Saved { mac: self.mac, mtu: self.mtu, pairs: self.pairs, pairs_in_use, rx, tx };
-        Section::new(KIND, VERSION, &saved)
+        saved.section()
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), DeviceError> {
-        let saved: Saved = section.open(KIND, VERSION)?;
+        let saved = Saved::read(section)?;
         let impossible = |reason: String| StateError::Impossible { kind: KIND, reason };
         if saved.pairs != self.pairs || saved.mtu.is_some() != self.mtu.is_some() {
             let (now, then) = (self.pairs, saved.pairs);
@@ -527,17 +528,6 @@ impl Drop for Net {
     fn drop(&mut self) {
         let _ = self.stop();
     }
-}
-
-/// What is saved of a device, version 2.
-#[derive(Debug, Serialize, Deserialize)]
-struct Saved {
-    mac: Mac,
-    mtu: Option<u16>,
-    pairs: u16,
-    pairs_in_use: u16,
-    rx: LimiterState,
-    tx: LimiterState,
 }
 
 fn check(pairs: u16, mtu: Option<u16>) -> Result<(), NetError> {

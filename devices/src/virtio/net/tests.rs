@@ -296,13 +296,13 @@ fn state_is_taken_over_by_a_device_of_the_same_shape() {
     assert_eq!((second.mac(), port.attached.lock().unwrap()[1]), (ADDRESS, true));
     second.reset();
     assert!(!port.attached.lock().unwrap()[1], "a reset goes back to one pair");
-    let good = || first.net.save().open::<Saved>(KIND, VERSION).unwrap();
+    let good = || Saved::read(&first.net.save()).unwrap();
     for saved in [
         Saved { mac: ADDRESS, mtu: None, pairs: 1, pairs_in_use: 1, ..good() },
         Saved { mac: ADDRESS, mtu: Some(1500), pairs: 2, pairs_in_use: 1, ..good() },
         Saved { mac: ADDRESS, mtu: None, pairs: 2, pairs_in_use: 3, ..good() },
         Saved { mac: ADDRESS, mtu: None, pairs: 2, pairs_in_use: 0, ..good() },
     ] {
-        assert!(second.restore(&Section::new(KIND, VERSION, &saved)).is_err(), "{saved:?}");
+        assert!(second.restore(&saved.section()).is_err(), "{saved:?}");
     }
 }

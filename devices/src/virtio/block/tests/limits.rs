@@ -8,8 +8,7 @@ use std::{
 use super::*;
 use crate::{
     limiter::{BucketConfig, LimiterConfig},
-    state::Section,
-    virtio::{Change, block::Saved},
+    virtio::{Change, block::saved::Saved},
 };
 
 const HOUR: u64 = 3_600_000;
@@ -190,7 +189,7 @@ fn all_queues_share_the_limits() {
 fn impossible_tokens_are_refused() {
     let image = image(64);
     let mut block = engines()[0].1(BlockConfig { limits: ops(3, 1), ..settings(image.path(), Engine::Sync) });
-    let mut saved: Saved = block.save().open("virtio-block", 2).unwrap();
+    let mut saved = Saved::read(&block.save()).unwrap();
     saved.limiter.ops.as_mut().unwrap().budget = 4;
-    assert!(block.restore(&Section::new("virtio-block", 2, &saved)).is_err());
+    assert!(block.restore(&saved.section()).is_err());
 }
