@@ -7,6 +7,8 @@
 //!   lifecycle    -d, ls, logs, exec, cp ...    death      processes that were killed
 //!   serve        the service of a host         remote     the same through it
 //!   suspend      suspend, resume, snapshot, restore, fork
+//!   snapshots    snapshot create and its flags      versions   state of other builds
+//!   generations  one container, many suspensions    clones     many of one container
 //! ```
 //!
 //! Every test has a [`host::Host`]: a state directory of its own, so that tests run side by side
@@ -16,7 +18,9 @@
 //! `cargo xtask test` names the guest kernels and the image in variables and, where the host
 //! has no hardware virtualization, runs this program in the lab.
 
+mod clones;
 mod death;
+mod generations;
 mod habits;
 mod host;
 mod hostile;
@@ -27,6 +31,9 @@ mod options;
 mod registry;
 mod remote;
 mod serve;
+mod snapshots;
 mod streams;
 mod suspend;
+mod taps;
 mod terminal;
+mod versions;

@@ -25,6 +25,7 @@ mod api_devices;
 mod api_life;
 mod block;
 mod boot;
+mod chain;
 mod clients;
 mod debug;
 mod descriptors;
