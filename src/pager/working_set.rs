@@ -171,7 +171,8 @@ impl WorkingSet {
         done
     }
 
-    fn encode(&self, id: Id, size: u64) -> Vec<u8> {
+    /// The bytes of the file for snapshot `id`, which has `size` bytes of memory.
+    pub fn encode(&self, id: Id, size: u64) -> Vec<u8> {
         let (touched, written) = (self.touched.runs(), self.written.runs());
         let mut file = Vec::with_capacity(HEADER + (touched.len() + written.len()) * 16 + LEN);
         file.extend(MAGIC);
@@ -189,7 +190,8 @@ impl WorkingSet {
         file
     }
 
-    fn decode(file: &[u8], id: Id, size: u64) -> Option<WorkingSet> {
+    /// Reads them, if they are of that snapshot and whole.
+    pub fn decode(file: &[u8], id: Id, size: u64) -> Option<WorkingSet> {
         let (body, digest) = file.split_at_checked(file.len().checked_sub(LEN)?)?;
         let (header, runs) = body.split_at_checked(HEADER)?;
         let expected = [&MAGIC[..], &VERSION.to_le_bytes(), &[0; 4], &id.0, &size.to_le_bytes()].concat();

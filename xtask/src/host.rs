@@ -56,6 +56,9 @@ pub const PYTHON_PACKAGES: [Package; 1] = [package("python3-venv", "/usr/share/d
 /// What `cargo xtask bench` needs beside the lab.
 pub const BENCH_PACKAGES: [Package; 2] = [package("iproute2", "ip"), package("strace", "strace")];
 
+/// What builds libFuzzer.
+pub const FUZZ_PACKAGES: [Package; 1] = [package("g++", "g++")];
+
 /// What `cargo xtask bench clones` compares with.
 pub const CONTAINER_PACKAGES: [Package; 1] = [package("runc", "runc")];
 

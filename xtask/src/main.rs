@@ -6,6 +6,7 @@
 //! | `test` | all tests: unit tests directly, guest tests directly or in the lab |
 //! | `lab` | runs any command in an emulated machine with a real `/dev/kvm` |
 //! | `kernel` | builds nacelle's small guest kernel |
+//! | `fuzz` | gives bytes that lie to what reads bytes |
 //! | `bench` | measures, beside a peer or a floor of the same run |
 //!
 //! The program is static, because it is also process 1 of the lab's machine (`lab::init`).
@@ -14,6 +15,7 @@ mod bench;
 mod build;
 mod debian;
 mod elf_kernel;
+mod fuzz;
 mod host;
 mod image;
 mod kernel;
@@ -67,6 +69,8 @@ enum Task {
     },
     /// Measure boot, the API, start, disks, network, vsock or snapshots beside a peer or a floor of the same run
     Bench(bench::Arguments),
+    /// Try bytes that lie on what reads files, requests and states, by the million
+    Fuzz(fuzz::Arguments),
     /// Run a test program in the lab, for cargo's runner setting
     #[command(hide = true)]
     LabRunner {
@@ -117,6 +121,7 @@ fn main() -> ExitCode {
         Task::Test { filter } => (test::run(&filter), 1),
         Task::Kernel { debian, jobs } => (make_kernel(debian, jobs), 1),
         Task::Bench(arguments) => (bench::run(&arguments), lab::FAILED),
+        Task::Fuzz(arguments) => (fuzz::run(&arguments), 1),
         Task::LabRunner { command } => (lab::run_test(&command), lab::FAILED),
     };
     match command {
