@@ -18,7 +18,6 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use api::{
@@ -42,11 +41,9 @@ use crate::{
         handed::{Gift, Handed},
         lazy::{self, Lazy, Server},
         saved::Saved,
+        torn,
     },
 };
-
-/// How long the machine has to end in order when its memory is lost.
-const ORDERLY: Duration = Duration::from_millis(800);
 
 /// Why a load comes too late. The words are Firecracker's.
 const CONFIGURED: &str = "Loading a microVM snapshot not allowed after configuring boot-specific resources.";
@@ -168,7 +165,7 @@ impl Controller {
         Box::new(move |reason| {
             log::error!("Guest memory is lost: {reason}");
             handle.ended(Ending::Broken(reason.clone()));
-            std::thread::sleep(ORDERLY);
+            std::thread::sleep(torn::ORDERLY);
             eprintln!("nacelle: {}", Ending::Broken(reason).reason());
             // SAFETY: the process ends here and now, whatever its threads hold or wait for.
             unsafe { libc::_exit(1) };

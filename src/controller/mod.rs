@@ -58,6 +58,7 @@ use crate::{
         faults::{Faults, Incident},
         handed::{Gift, Handed},
         saved::Platform,
+        torn,
     },
 };
 use events::Events;
@@ -243,6 +244,7 @@ impl Controller {
             signals,
         };
         controller.keep_transport();
+        torn::ring(controller.mailbox.bell.as_raw_fd());
         Ok(controller)
     }
 
@@ -269,9 +271,15 @@ impl Controller {
                 return Ok(self.end(Ending::Signal(number)));
             }
             let _ = self.mailbox.bell.read();
+            if let Some(reason) = torn::gone() {
+                return Ok(self.end(Ending::Broken(reason)));
+            }
             while let Ok(event) = self.mailbox.events.try_recv() {
                 match event {
-                    Event::Ended(ending) => return Ok(self.end(ending)),
+                    Event::Ended(ending) => {
+                        let ending = self.explained(ending);
+                        return Ok(self.end(ending));
+                    }
                     Event::Incident(incident, untold) => {
                         let (kind, details) = events::incident(&incident, untold);
                         self.announce(kind, details);
@@ -323,6 +331,15 @@ impl Controller {
         }
         drop(self.server.take());
         std::mem::forget(self);
+    }
+
+    /// A vCPU that cannot go on does not know that a file was cut short under it.
+    fn explained(&self, ending: Ending) -> Ending {
+        let lost = || torn::found().or_else(|| self.live.as_ref()?.vm.annex.cut_short());
+        match ending {
+            Ending::Broken(reason) => Ending::Broken(lost().unwrap_or(reason)),
+            other => other,
+        }
     }
 
     fn end(&mut self, ending: Ending) -> Ending {

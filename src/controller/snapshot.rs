@@ -52,6 +52,7 @@ use crate::{
         capture::{Capture, From, Part},
         image::{self, Image},
         pages::Piece,
+        torn,
     },
 };
 
@@ -482,6 +483,12 @@ fn touch(memory: &[Piece], watch: &Progress) -> ControlFlow<()> {
     watch.step(done, total)
 }
 
+/// A file that was cut short took pages along, and reads as if nothing had been there.
+fn whole() -> Result<(), SnapshotError> {
+    let lost = |why| SnapshotError::Request(format!("Not all of the machine is there any more: {why}"));
+    torn::found().map_or(Ok(()), |why| Err(lost(why)))
+}
+
 impl Work {
     fn write(self, watch: &Progress) -> Outcome {
         match self.create.mem_file_path.clone() {
@@ -514,6 +521,7 @@ impl Work {
             }
         }
         drop(image);
+        whole()?;
         writer.finish(self.sections).map(|_| ())
     }
 
@@ -551,6 +559,7 @@ impl Work {
             }
         }
         drop(image);
+        whole()?;
         self.sections.into_iter().for_each(|section| writer.section(section));
         let written = writer.finish()?;
         Ok(Lineage {

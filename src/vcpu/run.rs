@@ -183,6 +183,10 @@ impl Vcpu {
                 self.fd.set_kvm_immediate_exit(0);
                 Next::Obey
             }
+            Err(e) if e.errno() == libc::EFAULT => {
+                let text = "A page of its memory cannot be had: KVM met a bad address".to_owned();
+                Next::End(Ending::Broken(text))
+            }
             Err(e) => Next::End(Ending::Broken(format!("KVM cannot run the vCPU: {e}"))),
         }
     }

@@ -34,6 +34,7 @@ use super::{
     host::KvmHost,
     memory::MemoryError,
     saved::SavedError,
+    torn,
 };
 
 const MIB: u64 = 1 << 20;
@@ -222,6 +223,13 @@ impl Annex {
     /// Which pluggable memory is plugged, if any can be.
     pub fn plugged(&self) -> Option<&Plugged> {
         self.plugged.as_ref()
+    }
+
+    /// A file that is shorter than it was, in words.
+    pub fn cut_short(&self) -> Option<String> {
+        let lost = self.files.iter().map(|file| &file.backing).find(|backing| backing.has_shrunk())?;
+        let found = std::fs::metadata(lost.path()).map_or(0, |m| m.len());
+        Some(torn::cut_short(&lost.path().display().to_string(), found, lost.file_len()))
     }
 
     /// Where the files are.

@@ -62,6 +62,7 @@ use super::{
     pages,
     processors::Room,
     saved::{Platform, Saved, SavedError},
+    torn,
 };
 use crate::{
     metrics::Milestones,
@@ -255,6 +256,7 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
     }
     let vm = kvm::create_vm(&kvm)?;
     let (ram, beneath, served) = ram(config, &mut origin)?;
+    torn::watch(&ram, &beneath).map_err(BuildError::Read)?;
     let slots = memory::register(&vm, &ram, config.track_dirty_pages)?;
     annex.register(&vm, slots)?;
     let memory = annex.joined_to(ram.clone(), config.track_dirty_pages)?;

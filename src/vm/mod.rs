@@ -36,6 +36,7 @@ pub mod pages;
 pub mod plug;
 pub mod processors;
 pub mod saved;
+pub mod torn;
 
 use std::{path::Path, sync::Arc};
 

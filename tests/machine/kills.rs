@@ -21,12 +21,12 @@ use crate::{
 };
 
 /// How many monitors are killed in each test; the release check asks for 400.
-fn kills() -> u32 {
+pub fn kills() -> u32 {
     env::var("NACELLE_TEST_KILLS").map_or(24, |number| number.parse().unwrap())
 }
 
 /// A machine that was saved to `base`, and the monitor beside which others are killed.
-fn saved() -> (Vm, PathBuf) {
+pub fn saved() -> (Vm, PathBuf) {
     let setup = Setup::new(Kernel::quick(), Transport::Mmio).size(1, 64).script("echo begun; read -r word");
     let vm = setup.start_with_api();
     vm.wait_for("begun\n");
@@ -39,15 +39,15 @@ fn saved() -> (Vm, PathBuf) {
     (vm, base)
 }
 
-fn load(path: &Path) -> LoadSnapshot {
+pub fn load(path: &Path) -> LoadSnapshot {
     LoadSnapshot { snapshot_path: path.to_owned(), ..LoadSnapshot::default() }
 }
 
-fn is_whole(path: &Path) {
+pub fn is_whole(path: &Path) {
     Chain::open(path, &Search::default()).unwrap().top().verify(true, &()).unwrap();
 }
 
-fn names(folder: &Path) -> Vec<String> {
+pub fn names(folder: &Path) -> Vec<String> {
     let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
     let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
     names.retain(|name| name.contains("nacelle-"));

@@ -43,6 +43,7 @@ mod process;
 mod restored;
 mod side;
 mod snapshot;
+mod torn;
 mod vcpus;
 mod vm;
 mod vsock;
