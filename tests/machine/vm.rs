@@ -219,7 +219,7 @@ impl Vm {
             &["--api-sock".as_ref(), socket.as_os_str(), "--id".as_ref(), name.as_ref()],
             &self.flags,
         );
-        let (serial, flags, deadline) = (Serial::default(), self.flags.clone(), self.deadline);
+        let (serial, flags, deadline) = (Serial::default(), self.flags.clone(), within(LIFE_SECONDS));
         let (console, input) = connect(&serial, &mut process, &log, deadline);
         let vm = Vm { process, console, log, input, serial, deadline, flags, folder };
         let client = vm.client();
@@ -280,6 +280,11 @@ impl Vm {
         let field = |n: usize| after.split_whitespace().nth(n).unwrap().parse::<u64>().unwrap();
         // Fields 10 and 12 of proc(5).
         field(7) + field(9)
+    }
+
+    /// Number of the monitor's process.
+    pub fn process_id(&self) -> u32 {
+        self.process.id()
     }
 
     /// Sends the monitor a signal.
