@@ -24,6 +24,7 @@ use devices::{
         core::Transport,
         mmio::{self, MmioTransport},
         pci::{BAR_LENGTH, PciTransport},
+        severed::Severed,
     },
     worker::Worker,
 };
@@ -201,6 +202,15 @@ impl Places {
         transport.watch(self.faults.witness(name, transport.about().kind));
         pci.insert(slot, transport.clone())
             .map_err(|source| AttachError::Slot { name: name.to_owned(), source })?;
+        Ok(transport)
+    }
+
+    /// Puts what was left of a device that was taken by force where it was.
+    pub fn left_in(&self, slot: u8, left: Severed) -> Result<Arc<dyn Transport>, AttachError> {
+        let name = format!("in slot {slot}");
+        let transport = self.function(&name, Box::new(left), slot, None)?;
+        let added = self.hotplug()?.root().add(slot, transport.clone());
+        added.map_err(|source| AttachError::Slot { name, source })?;
         Ok(transport)
     }
 

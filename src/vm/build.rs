@@ -38,7 +38,7 @@ use devices::{
         hotplug::{self, Hotplug},
         root::{self, Root},
     },
-    virtio::{DeviceError, VirtioDevice, balloon, block, net, rng, vsock},
+    virtio::{DeviceError, VirtioDevice, balloon, block, net, rng, severed::Severed, vsock},
 };
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VcpuFd};
@@ -60,8 +60,9 @@ use super::{
     loading::{self, Files, Loading},
     memory::{self, MemoryError},
     pages,
+    plug::Left,
     processors::Room,
-    saved::{Platform, Saved, SavedError},
+    saved::{Part, Platform, Saved, SavedError},
     torn,
 };
 use crate::{
@@ -304,6 +305,7 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
     let cpuid = (boots || registers.is_some()).then(|| cpuid_of(&kvm, config, fds.first(), &template));
     let cpuid = cpuid.transpose()?;
     annex.physical_bits = cpuid.as_ref().map_or(0, cpuid::Cpuid::physical_bits);
+    let mut severed = Vec::new();
     let loading = match (origin, files, &cpuid) {
         (Origin::Boot, Some(files), Some(cpuid)) => {
             let tables = Tables { serial: &serial, places: &places, board: &board, has_pci: pci.is_some() };
@@ -319,6 +321,8 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
                 places: &places,
                 registers: registers.as_deref(),
             };
+            let mut restored = restored;
+            severed = state.severed(&mut restored.saved)?;
             annex.physical_bits = state.restore(*restored, &host, &memory, &annex, config)?;
             Loading::done()
         }
@@ -339,7 +343,7 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
         template,
         devices: places.take_devices(),
         places,
-        severed: Vec::new(),
+        severed,
         annex,
         beneath,
         tracks_dirty_pages: config.track_dirty_pages,
@@ -481,6 +485,20 @@ struct State<'a> {
 }
 
 impl State<'_> {
+    /// What is left of devices that were taken by force, in their slots again.
+    fn severed(&self, saved: &mut Saved) -> Result<Vec<Left>, BuildError> {
+        let one = |part: Part| {
+            let Part { name, slot, sections, .. } = part;
+            let missing = || SavedError::Order(format!("what is left in {name} is in no slot"));
+            let slot = slot.ok_or_else(missing)?;
+            let left = Severed::saved(&sections).map_err(SavedError::from)?;
+            let left = self.places.left_in(slot, left)?;
+            left.restore(&sections).map_err(|source| BuildError::Restore { name, source })?;
+            Ok((slot, left))
+        };
+        saved.severed().into_iter().map(one).collect()
+    }
+
     /// Brings everything to where it was. The clock comes before the vCPUs (a vCPU's own clock is
     /// made of it), and devices last, whose lines may be raised at once. Returns the width of the
     /// guest's physical addresses.

@@ -127,15 +127,6 @@ pub enum VmError {
     /// KVM does not tell what was written.
     #[error("KVM does not tell which pages were written")]
     DirtyLog(#[source] kvm_ioctls::Error),
-    /// What is left of a device cannot be saved.
-    #[error(
-        "The guest still holds what is left in PCI slot {slot} of a device that was taken by force; a \
-         snapshot can be taken when it has given that back"
-    )]
-    Severed {
-        /// Where.
-        slot: u8,
-    },
     /// There is no keyboard controller.
     #[error("The machine has no keyboard controller to press Ctrl+Alt+Del on")]
     NoKeyboard,
@@ -150,7 +141,6 @@ impl VmError {
         match self {
             VmError::NoKeyboard | VmError::Keyboard(_) => FaultKind::Unsupported,
             VmError::CoreDump(error) => error.kind(),
-            VmError::Severed { .. } => FaultKind::Conflict,
             _ => FaultKind::Internal,
         }
     }
@@ -180,7 +170,7 @@ pub struct Vm {
     /// Where devices can still be put.
     pub(crate) places: attach::Places,
     /// PCI slots with what is left of devices that were taken by force.
-    pub(crate) severed: Vec<u8>,
+    pub(crate) severed: Vec<plug::Left>,
     /// Memory besides the RAM.
     pub(crate) annex: annex::Annex,
     /// What shows through where there is no page of this machine's own.
@@ -309,6 +299,9 @@ impl Vm {
     fn each_device(&self, f: impl Fn(&Arc<dyn Transport>) -> Result<(), DeviceError>) -> Result<(), VmError> {
         self.devices.iter().try_for_each(|(name, device)| {
             f(device).map_err(|source| VmError::Device { name: name.clone(), source })
+        })?;
+        self.severed.iter().try_for_each(|(slot, left)| {
+            f(left).map_err(|source| VmError::Device { name: format!("in slot {slot}"), source })
         })
     }
 }

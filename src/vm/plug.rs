@@ -32,6 +32,9 @@ use super::{
     handed::Handed,
 };
 
+/// A slot with what is left in it of a device that was taken by force.
+pub type Left = (u8, Arc<dyn Transport>);
+
 /// A device that can be added.
 #[derive(Debug, Clone, Copy)]
 pub enum Extra<'a> {
@@ -142,9 +145,10 @@ impl Vm {
     /// guest finds a device that answers to nothing, and is asked to give it back: until then it
     /// has its slot.
     pub fn sever(&mut self, slot: u8) -> Option<(Kind, String)> {
-        self.in_slot(slot)?.1.sever();
+        let left = Arc::clone(&self.in_slot(slot)?.1);
+        left.sever();
         let forgotten = self.forget(slot)?;
-        self.severed.push(slot);
+        self.severed.push((slot, left));
         self.ask_back(slot);
         Some(forgotten)
     }
@@ -152,7 +156,7 @@ impl Vm {
     /// The guest has emptied `slot`: forgets the device that was in it, and says what it was;
     /// `None` when that is forgotten already.
     pub fn emptied(&mut self, slot: u8) -> Option<(Kind, String)> {
-        match self.severed.iter().position(|severed| *severed == slot) {
+        match self.severed.iter().position(|(severed, _)| *severed == slot) {
             Some(at) => {
                 self.severed.swap_remove(at);
                 None

@@ -31,6 +31,8 @@ use super::{Vm, VmError};
 
 const HEADING: &str = "part";
 const PLATFORM: &str = "platform";
+/// What is left of a device that was taken by force, named by its slot.
+const SEVERED: &str = "severed";
 /// Of sections whose bytes are laid out by `arch`. A saved vCPU has a version of its own in them,
 /// the interrupt controllers and the clock have only this one.
 const PLAIN: u16 = 1;
@@ -220,6 +222,11 @@ impl Saved {
         Ok(ClockState::from_bytes(plain("clock", &self.section("clock")?)?)?)
     }
 
+    /// Takes all that is left of devices that were taken by force.
+    pub fn severed(&mut self) -> Vec<Part> {
+        self.parts.extract_if(.., |part| part.kind == SEVERED).collect()
+    }
+
     /// The PCI slots in which devices were.
     pub fn slots(&self) -> Slots {
         let in_slot = |part: &Part| Some((part.kind.clone(), part.name.clone(), part.slot?));
@@ -249,9 +256,6 @@ fn plain<'a>(kind: &'static str, section: &'a Section) -> Result<&'a [u8], State
 impl Vm {
     /// The state of the machine, and what it needs of the CPU; only while it is paused.
     pub fn save(&self, mmds: Option<&Arc<Mmds>>) -> Result<(Vec<Section>, Needs), VmError> {
-        if let Some(slot) = self.severed.first() {
-            return Err(VmError::Severed { slot: *slot });
-        }
         let mut parts = vec![
             Part::new(PLATFORM, "", vec![Section::new(PLATFORM, 1, &self.platform)]),
             Part::new("power", "", vec![self.power.save()]),
@@ -274,6 +278,11 @@ impl Vm {
                 part.slot = Some(slot);
             }
             parts.push(part);
+        }
+        for (slot, left) in &self.severed {
+            let name = format!("slot {slot}");
+            let sections = left.save().map_err(|source| VmError::Device { name: name.clone(), source })?;
+            parts.push(Part { slot: Some(*slot), ..Part::new(SEVERED, &name, sections) });
         }
         let vm = self.host.vm();
         parts.push(Part::plain("clock", "", ClockState::save(vm)?.to_bytes()));

@@ -11,7 +11,7 @@ use std::{
 use api::{
     client::{Client, ClientError},
     http::Method,
-    spec::{Drive, Transport},
+    spec::{Drive, LoadSnapshot, Transport},
 };
 use devices::disk::{Disk, DiskOptions};
 use serde_json::{Value, json};
@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use crate::{
     kernel::Kernel,
     net::Tap,
+    snapshot::directory,
     vm::{Setup, random_file, sha256},
 };
 
@@ -345,6 +346,49 @@ fn a_device_is_taken_by_force_from_a_guest_that_stands_still() {
     let ended = vm.succeed();
     ended.is("first", "first");
     ended.is("second", "second");
+}
+
+/// What is left of a device that was taken by force is saved with the machine, and given back by the
+/// guest of the restored one.
+#[test]
+fn a_machine_is_saved_with_what_is_left_of_a_device() {
+    let script = r#"
+        fact first $(cat /sys/block/vda/serial)
+        echo ready; read -r word
+        until_gone /sys/bus/pci/devices/0000:00:01.0
+        echo gone
+        until_there /dev/vda
+        fact second $(cat /sys/block/vda/serial)"#;
+    let mut setup = setup(Kernel::quick(), script);
+    let disk = setup.folder().join("disk");
+    random_file(&disk, 1, 1);
+    setup.spec.drives = vec![serde_json::from_value(drive("first", &disk)).unwrap()];
+    let vm = setup.start_with_api();
+    let mut client = vm.client();
+    vm.wait_for("ready\n");
+    done(client.patch("/vm", Some(&json!({ "state": "Paused" }))));
+    done(client.delete("/drives/first?force=true"));
+    let (create, load) = directory(&vm, "severed");
+    done(client.put("/snapshot/create", Some(&create)));
+    fs::remove_file(&disk).unwrap();
+    let told = vm.console();
+    assert!(told.contains("@first=first\n"), "{told}");
+
+    // Saved and restored twice: the second one's guest has not let go of it either.
+    let vm = vm.successor();
+    let mut client = vm.client();
+    done(client.put("/snapshot/load", Some(&LoadSnapshot { resume_vm: false, ..load })));
+    let (create, load) = directory(&vm, "again");
+    done(client.put("/snapshot/create", Some(&create)));
+    let mut vm = vm.successor();
+    let mut client = vm.client();
+    done(client.put("/snapshot/load", Some(&load)));
+    assert_eq!(config(&mut client, "drives"), json!([]));
+    vm.say("go");
+    vm.wait_for("gone\n");
+    random_file(&disk, 1, 2);
+    done(client.put("/drives/second", Some(&drive("second", &disk))));
+    vm.succeed().is("second", "second");
 }
 
 /// A guest whose kernel knows nothing of ACPI's slots: it keeps its disks, until its drivers let

@@ -31,7 +31,7 @@ pub mod pci;
 pub mod pmem;
 pub mod queue;
 pub mod rng;
-mod severed;
+pub mod severed;
 pub mod vsock;
 
 use std::sync::Arc;
