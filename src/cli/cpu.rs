@@ -145,7 +145,7 @@ fn told(losses: &[Loss]) -> String {
 
 fn check(args: &Check) -> Outcome<u8> {
     let snapshot = Snapshot::open(&args.snapshot, &Search::default())?;
-    let needs: Needs = serde_json::from_value(snapshot.manifest().cpu.clone()).map_err(|e| {
+    let needs: Needs = snapshot.manifest().cpu.read().map_err(|e| {
         Failure::because(format!("{} does not say what it needs of the CPU", args.snapshot.display()), &e)
     })?;
     let host = match &args.host {

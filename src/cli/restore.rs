@@ -132,7 +132,7 @@ impl Source {
     pub fn open(dir: &Path) -> Outcome<Source> {
         let dir = doing(std::path::absolute(dir), || format!("{} is no path", dir.display()))?;
         let manifest = inspect(&dir)?;
-        let spec = serde_json::from_value(manifest.machine.clone()).map_err(|e| {
+        let spec = manifest.machine.read().map_err(|e| {
             Failure::because(format!("The machine in {} cannot be understood", dir.display()), &e)
         })?;
         let note = match &manifest.note {
@@ -365,7 +365,7 @@ mod tests {
         };
         std::fs::write(machine.file("plan.json"), serde_json::to_vec(&plan).unwrap()).unwrap();
         let subject = Subject {
-            machine: spec,
+            machine: manifest::Json::of(&spec),
             regions: vec![Region { guest_address: 0, size: 1 << 20, offset: 0, page_size: 4096 }],
             note: steward::note(machine).into(),
             ..Subject::default()

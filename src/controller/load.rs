@@ -26,7 +26,7 @@ use api::{
 };
 use arch::{irqchip::ClockPolicy, needs::Needs};
 use devices::state::Section;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Controller, snapshot::Lineage};
 use crate::{
@@ -34,7 +34,11 @@ use crate::{
         Broken, Prefetch,
         working_set::{Place, WorkingSet},
     },
-    snapshot::{Chain, Pair, Region, Search, SnapshotError, manifest, pair},
+    snapshot::{
+        Chain, Pair, Region, Search, SnapshotError,
+        manifest::{self, Json},
+        pair,
+    },
     vm::{
         Ending,
         build::{Origin, Restored, Source},
@@ -50,8 +54,8 @@ const CONFIGURED: &str = "Loading a microVM snapshot not allowed after configuri
 
 /// A snapshot that was opened.
 struct Opened {
-    machine: Value,
-    cpu: Value,
+    machine: Json,
+    cpu: Json,
     regions: Vec<Region>,
     sections: Vec<Section>,
     pages: Pages,
@@ -78,7 +82,7 @@ impl Controller {
             return Err(Fault::new(FaultKind::Conflict, CONFIGURED));
         }
         let opened = open(load)?;
-        let mut spec: Spec = serde_json::from_value(opened.machine.clone()).map_err(|e| Fault {
+        let mut spec: Spec = opened.machine.read().map_err(|e| Fault {
             kind: FaultKind::Invalid,
             message: "The snapshot's machine cannot be read".to_owned(),
             causes: vec![api::explain_json(&e)],
@@ -98,7 +102,7 @@ impl Controller {
         let mut saved = Saved::decode(opened.sections).map_err(|e| invalid(&e))?;
         let platform = saved.platform().map_err(|e| invalid(&e))?;
         let metadata = saved.section_if_there("mmds").map_err(|e| invalid(&e))?;
-        let needs: Option<Needs> = serde_json::from_value(opened.cpu).map_err(|e| Fault {
+        let needs: Option<Needs> = opened.cpu.read().map_err(|e| Fault {
             kind: FaultKind::Invalid,
             message: "What the snapshot's machine needs of the CPU cannot be read".to_owned(),
             causes: vec![e.to_string()],

@@ -46,7 +46,10 @@ use crate::{
     server::{Answer, Ticket},
     snapshot::{
         self, Destination, Manner, PairWriter, Parent, SnapshotError, Store, Subject, Watch, Writer,
-        disk::HostDisk, extents::Run, hint_from, manifest,
+        disk::HostDisk,
+        extents::Run,
+        hint_from,
+        manifest::{self, Json},
     },
     vm::{
         capture::{Capture, From, Part},
@@ -453,8 +456,8 @@ fn subject(spec: &Spec, create: &CreateSnapshot, capture: &Capture, parent: Opti
     Subject {
         nacelle: env!("CARGO_PKG_VERSION").to_owned(),
         created: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
-        machine: serde_json::to_value(spec).unwrap_or_default(),
-        cpu: serde_json::to_value(&capture.needs).unwrap_or_default(),
+        machine: Json::of(spec),
+        cpu: Json::of(&capture.needs),
         note: create.note.clone().map_or(Value::Null, Value::Object),
         regions: capture.regions.clone(),
         parent: parent.map(|lineage| Parent {

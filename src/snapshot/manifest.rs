@@ -16,8 +16,8 @@ use std::{
     path::{Component, Path},
 };
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::{Value, value::RawValue};
 
 use super::{
     SnapshotError,
@@ -37,6 +37,30 @@ const NECK: &[u8] = b"\",";
 /// The names that may stand in [`Manifest::needs`] and are known here.
 pub const KNOWN: [&str; 2] = ["diff", "store-lz4"];
 
+/// JSON whose meaning is somebody else's, kept as text until they read it: a restore then reads it
+/// once.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Json(Box<RawValue>);
+
+impl Json {
+    /// What `value` is in JSON; null where it cannot be said in JSON.
+    pub fn of<T: Serialize>(value: &T) -> Json {
+        Json(serde_json::value::to_raw_value(value).unwrap_or_default())
+    }
+
+    /// Reads it.
+    pub fn read<T: DeserializeOwned>(&self) -> serde_json::Result<T> {
+        serde_json::from_str(self.0.get())
+    }
+}
+
+impl PartialEq for Json {
+    fn eq(&self, other: &Json) -> bool {
+        self.0.get() == other.0.get()
+    }
+}
+
 /// What the snapshot is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -53,9 +77,9 @@ pub struct Manifest {
     /// When it was taken, in milliseconds since 1970.
     pub created: u64,
     /// The machine's specification.
-    pub machine: Value,
+    pub machine: Json,
     /// What the machine needs of the CPU.
-    pub cpu: Value,
+    pub cpu: Json,
     /// What whoever asked for the snapshot wants to find in it again; its meaning is theirs.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub note: Value,
@@ -194,26 +218,14 @@ impl Manifest {
     pub fn decode(bytes: &[u8], path: &Path) -> Result<Manifest, SnapshotError> {
         let damaged =
             |reason: String| SnapshotError::Damaged { path: path.into(), file: FILE.into(), reason };
-        let rest = covered(bytes).map_err(|reason| damaged(reason.to_owned()))?;
-        let text = [b"{", rest].concat();
-        // The version and what is needed come first: a field that changed its meaning must not
-        // be reported as damage.
-        #[derive(Deserialize)]
-        struct Front {
-            format: u64,
-            #[serde(default)]
-            needs: Vec<String>,
-        }
-        let front: Front = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
-        let read = readable(FORMAT);
-        if !u32::try_from(front.format).is_ok_and(|format| read.contains(&format)) {
-            let (found, oldest) = (front.format, *read.start());
-            return Err(SnapshotError::Version { path: path.into(), found, oldest, newest: FORMAT });
-        }
-        if let Some(name) = front.needs.into_iter().find(|n| !KNOWN.contains(&n.as_str())) {
-            return Err(SnapshotError::Lacks { path: path.into(), name });
-        }
-        let manifest: Manifest = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
+        covered(bytes).map_err(|reason| damaged(reason.to_owned()))?;
+        let wrong = |error: serde_json::Error| match Front::check(bytes, path) {
+            Ok(()) => damaged(error.to_string()),
+            Err(better) => better,
+        };
+        // The digest is a field that this program does not know.
+        let manifest: Manifest = serde_json::from_slice(bytes).map_err(wrong)?;
+        Front { format: manifest.format.into(), needs: manifest.needs.clone() }.understood(path)?;
         manifest.check().map_err(damaged)?;
         Ok(manifest)
     }
@@ -261,6 +273,33 @@ impl Manifest {
         let fixed = [self.memory.index.name.as_str(), self.state.file.name.as_str()];
         let memory = self.memory.file.as_deref();
         fixed.into_iter().chain(memory).chain(self.drives.iter().filter_map(|d| d.file.as_deref()))
+    }
+}
+
+/// What tells whether the rest can be understood. A field that changed its meaning must not be
+/// reported as damage.
+#[derive(Deserialize)]
+struct Front {
+    format: u64,
+    #[serde(default)]
+    needs: Vec<String>,
+}
+
+impl Front {
+    fn check(bytes: &[u8], path: &Path) -> Result<(), SnapshotError> {
+        serde_json::from_slice::<Front>(bytes).map_or(Ok(()), |front| front.understood(path))
+    }
+
+    fn understood(self, path: &Path) -> Result<(), SnapshotError> {
+        let (found, path, read) = (self.format, path.to_owned(), readable(FORMAT));
+        if !u32::try_from(found).is_ok_and(|format| read.contains(&format)) {
+            let oldest = *read.start();
+            return Err(SnapshotError::Version { path, found, oldest, newest: FORMAT });
+        }
+        match self.needs.into_iter().find(|n| !KNOWN.contains(&n.as_str())) {
+            Some(name) => Err(SnapshotError::Lacks { path, name }),
+            None => Ok(()),
+        }
     }
 }
 

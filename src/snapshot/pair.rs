@@ -30,7 +30,6 @@ use std::{
 use devices::state::Section;
 use rustix::fs::{self, AtFlags, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::{
     SnapshotError,
@@ -39,7 +38,7 @@ use super::{
     draft::split,
     error::doing,
     limits::{MEMORY_MAX, PAGE, STATE_MAX},
-    manifest::{Region, check_regions},
+    manifest::{Json, Region, check_regions},
     state,
     writer::{PIECE, Watch},
 };
@@ -60,9 +59,9 @@ pub struct About {
     /// When it was taken, in milliseconds since 1970.
     pub created: u64,
     /// The machine's specification.
-    pub machine: Value,
+    pub machine: Json,
     /// What the machine needs of the CPU.
-    pub cpu: Value,
+    pub cpu: Json,
     /// Bytes of the memory file.
     pub size: u64,
     /// Which guest addresses lie where in it.
@@ -343,8 +342,8 @@ mod tests {
             id: Id::random().unwrap(),
             nacelle: "1".to_owned(),
             created: 1,
-            machine: Value::Null,
-            cpu: Value::Null,
+            machine: Json::default(),
+            cpu: Json::default(),
             size: SIZE,
             regions: vec![region],
             mark: 2 * PAGE + 64,

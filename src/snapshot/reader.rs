@@ -170,11 +170,7 @@ impl Snapshot {
         let entry = &self.manifest.state;
         let damaged = |reason| damaged(&self.path, &entry.file.name, reason);
         let bytes = read_entry(&self.directory, &self.path, &entry.file, STATE_MAX)?;
-        let sections = state::decode(&bytes).map_err(damaged)?;
-        if state::entries(&sections) != entry.sections {
-            return Err(damaged("its sections are not those of the manifest".to_owned()));
-        }
-        Ok(sections)
+        state::decode_listed(&bytes, &entry.sections).map_err(damaged)
     }
 
     /// Fills `buffer` with the pages at `offset`, which must be present ones of this snapshot.
@@ -266,7 +262,10 @@ impl Snapshot {
 
     /// Checks the state, and with `full` every chunk and every hole.
     pub fn verify(&self, full: bool, watch: &dyn Watch) -> Result<Verified, SnapshotError> {
-        let mut verified = Verified { sections: self.sections()?.len(), ..Verified::default() };
+        let (sections, entry) = (self.sections()?, &self.manifest.state);
+        let damaged = |reason| damaged(&self.path, &entry.file.name, reason);
+        state::verify(&sections, &entry.sections).map_err(damaged)?;
+        let mut verified = Verified { sections: sections.len(), ..Verified::default() };
         for drive in &self.manifest.drives {
             self.drive(&drive.id)?;
         }

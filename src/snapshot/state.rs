@@ -10,6 +10,9 @@
 //!
 //! Numbers are little-endian. The file stands for itself, so that a migration can send it; the
 //! manifest repeats the list for whoever only looks.
+//!
+//! Restoring hashes each byte once: where the digest of the whole is right, that of a section is
+//! taken as it stands there. [`verify`] looks at each.
 
 use devices::state::Section;
 
@@ -58,11 +61,41 @@ pub fn entries(sections: &[Section]) -> Vec<SectionEntry> {
 
 /// Decodes a state file. Errors say what is wrong with it.
 pub fn decode(file: &[u8]) -> Result<Vec<Section>, String> {
-    let body = file.len().checked_sub(LEN).and_then(|at| file.split_at_checked(at));
-    let (body, digest) = body.ok_or_else(|| format!("{} bytes are no state file", file.len()))?;
+    let (body, digest) = split(file)?;
     if Digest::of(body).0 != digest {
         return Err("its digest is of other bytes".to_owned());
     }
+    Ok(sections(body)?.into_iter().map(|(section, _)| section).collect())
+}
+
+/// Decodes a state file that is known by the digest of all of it, and has these sections.
+pub fn decode_listed(file: &[u8], entries: &[SectionEntry]) -> Result<Vec<Section>, String> {
+    let found = sections(split(file)?.0)?;
+    let is_listed = |((section, digest), entry): (&(Section, Digest), &SectionEntry)| {
+        (&section.kind, section.version, section.bytes.len() as u64, digest)
+            == (&entry.kind, entry.version, entry.length, &entry.digest)
+    };
+    if found.len() != entries.len() || !found.iter().zip(entries).all(is_listed) {
+        return Err("its sections are not those of the manifest".to_owned());
+    }
+    Ok(found.into_iter().map(|(section, _)| section).collect())
+}
+
+/// Checks the digest of each section against its bytes.
+pub fn verify(sections: &[Section], entries: &[SectionEntry]) -> Result<(), String> {
+    let is_wrong = |(section, entry): &(&Section, &SectionEntry)| Digest::of(&section.bytes) != entry.digest;
+    match sections.iter().zip(entries).find(is_wrong) {
+        None => Ok(()),
+        Some((section, _)) => Err(format!("the digest of section {:?} is of other bytes", section.kind)),
+    }
+}
+
+fn split(file: &[u8]) -> Result<(&[u8], &[u8]), String> {
+    let body = file.len().checked_sub(LEN).and_then(|at| file.split_at_checked(at));
+    body.ok_or_else(|| format!("{} bytes are no state file", file.len()))
+}
+
+fn sections(body: &[u8]) -> Result<Vec<(Section, Digest)>, String> {
     let mut reader = Reader(body);
     if reader.take(8)? != MAGIC {
         return Err("it does not begin as a state file does".to_owned());
@@ -96,7 +129,7 @@ impl<'a> Reader<'a> {
         self.take(N)?.try_into().map_err(|_| "it is too short".to_owned())
     }
 
-    fn section(&mut self) -> Result<Section, String> {
+    fn section(&mut self) -> Result<(Section, Digest), String> {
         let length = usize::from(u16::from_le_bytes(self.array()?));
         if length == 0 || length > KIND_MAX {
             return Err(format!("a kind of {length} bytes is not possible"));
@@ -107,10 +140,7 @@ impl<'a> Reader<'a> {
         let length = usize::try_from(u64::from_le_bytes(self.array()?)).unwrap_or(usize::MAX);
         let digest = Digest(self.array()?);
         let bytes = self.take(length)?.to_vec();
-        if Digest::of(&bytes) != digest {
-            return Err(format!("the digest of section {kind:?} is of other bytes"));
-        }
-        Ok(Section { kind, version, bytes })
+        Ok((Section { kind, version, bytes }, digest))
     }
 }
 
@@ -129,6 +159,28 @@ mod tests {
         let file = encode(&sections).unwrap();
         assert_eq!(decode(&file).unwrap(), sections);
         assert_eq!(decode(&encode(&[]).unwrap()).unwrap(), []);
+    }
+
+    #[test]
+    fn what_is_not_what_the_list_says_is_refused() {
+        let sections = [Section::new("vcpu", 3, &(1u32, 2u64)), Section::new("rtc", 1, &9u64)];
+        let (file, entries) = (encode(&sections).unwrap(), entries(&sections));
+        assert_eq!(decode_listed(&file, &entries).unwrap(), sections);
+        verify(&sections, &entries).unwrap();
+        assert!(decode_listed(&file, &entries[..1]).unwrap_err().contains("not those of the manifest"));
+        for change in [
+            |e: &mut SectionEntry| e.kind.push('x'),
+            |e: &mut SectionEntry| e.version += 1,
+            |e: &mut SectionEntry| e.length += 1,
+            |e: &mut SectionEntry| e.digest.0[0] ^= 1,
+        ] {
+            let mut other = entries.clone();
+            change(&mut other[1]);
+            assert!(decode_listed(&file, &other).unwrap_err().contains("not those of the manifest"));
+        }
+        let mut other = sections.clone();
+        other[1].bytes[0] ^= 1;
+        assert!(verify(&other, &entries).unwrap_err().contains("section \"rtc\""));
     }
 
     #[test]

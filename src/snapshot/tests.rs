@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use devices::state::Section;
 use serde_json::json;
 
-use super::{Destination, Manner, Region, Search, Snapshot, Subject, Writer, Written, limits::PAGE};
+use super::{
+    Destination, Manner, Region, Search, Snapshot, Subject, Writer, Written, limits::PAGE, manifest::Json,
+};
 
 /// The smallest chunk: several fit a small memory.
 pub(super) const CHUNK: u64 = 64 << 10;
@@ -28,8 +30,8 @@ pub(super) fn subject(pages: u64) -> Subject {
     Subject {
         nacelle: "0.1.0".to_owned(),
         created: 1_795_000_000_000,
-        machine: json!({"machine-config": {"vcpu_count": 2, "mem_size_mib": 1}}),
-        cpu: json!({"flags": ["avx2"]}),
+        machine: Json::of(&json!({"machine-config": {"vcpu_count": 2, "mem_size_mib": 1}})),
+        cpu: Json::of(&json!({"flags": ["avx2"]})),
         note: json!({"name": "web"}),
         regions: vec![region(0, 0, half), region(1 << 32, half, pages * PAGE - half)],
         parent: None,

@@ -31,7 +31,7 @@ use super::{
     extents::{Extents, Gathering, Run},
     index::Index,
     limits::{CHUNK, CHUNK_RANGE, FORMAT, INDEX_MAX, MANIFEST_MAX, PAGE, STATE_MAX},
-    manifest::{self, Capture, Drive, FileEntry, Manifest, Memory, Parent, Region, State, StoreEntry},
+    manifest::{self, Capture, Drive, FileEntry, Json, Manifest, Memory, Parent, Region, State, StoreEntry},
     state,
     store::Store,
 };
@@ -65,9 +65,9 @@ pub struct Subject {
     /// Now, in milliseconds since 1970.
     pub created: u64,
     /// The machine's specification.
-    pub machine: Value,
+    pub machine: Json,
     /// What the machine needs of the CPU.
-    pub cpu: Value,
+    pub cpu: Json,
     /// What whoever asks for it wants to find in the manifest again; null for nothing.
     pub note: Value,
     /// Where guest memory lies in the memory file.

@@ -24,6 +24,8 @@
 //! is that of the XSAVE area, which it reads from this process's memory: [`VcpuState::load`]
 //! always hands it a buffer of the size this host asks for.
 
+use std::sync::OnceLock;
+
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
@@ -89,8 +91,10 @@ pub enum StateError {
 /// What this host's KVM needs to know to save and load vCPUs; made once a machine.
 #[derive(Clone, Debug)]
 pub struct StateShape {
-    /// MSRs to save, in the order of loading.
-    msrs: Vec<u32>,
+    /// What KVM lists, and what else is to be saved.
+    listed: Vec<u32>,
+    /// MSRs to save, in the order of loading; made when a vCPU is saved.
+    msrs: OnceLock<Vec<u32>>,
     /// Bytes of an XSAVE area.
     xsave: usize,
     nested: bool,
@@ -105,7 +109,8 @@ impl StateShape {
         let list = kvm.get_msr_index_list().map_err(|e| StateError::Kvm("list the MSRs", e))?;
         let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
-            msrs: msr::to_save(list.as_slice(), nested),
+            listed: list.as_slice().to_vec(),
+            msrs: OnceLock::new(),
             xsave: xsave.clamp(XSAVE_MIN, XSAVE_MAX),
             nested,
         })
@@ -114,9 +119,13 @@ impl StateShape {
     /// The same, with further MSRs: those that a CPU template changed, which KVM need not list.
     #[must_use]
     pub fn with_msrs(mut self, indices: &[u32]) -> Self {
-        self.msrs.extend(indices);
-        self.msrs = msr::to_save(&self.msrs, self.nested);
+        self.listed.extend(indices);
+        self.msrs = OnceLock::new();
         self
+    }
+
+    fn msrs(&self) -> &[u32] {
+        self.msrs.get_or_init(|| msr::to_save(&self.listed, self.nested))
     }
 }
 
@@ -156,7 +165,7 @@ impl VcpuState {
         let cpuid = get("read the vCPU's CPUID", vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
         // A host without a fixed frequency has none to tell.
         let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
-        let mut msrs = get_msrs(vcpu, &shape.msrs)?;
+        let mut msrs = get_msrs(vcpu, shape.msrs())?;
         let lapic = get("read the vCPU's local APIC", vcpu.get_lapic())?;
         keep_expired_timer(&mut msrs, &lapic);
         let nested = if shape.nested {
@@ -489,16 +498,19 @@ fn one<T: FromBytes>(tag: u32, content: &[u8]) -> Result<T, StateError> {
     T::read_from_bytes(content).map_err(|_| wrong_length(tag, content))
 }
 
-fn many<T: FromBytes + Immutable + Clone>(
+fn many<T: FromBytes + IntoBytes + Immutable + Clone>(
     tag: u32,
     content: &[u8],
     most: usize,
 ) -> Result<Vec<T>, StateError> {
     let one = size_of::<T>().max(1);
-    if !content.len().is_multiple_of(one) || content.len() / one > most {
+    let count = content.len() / one;
+    if !content.len().is_multiple_of(one) || count > most {
         return Err(wrong_length(tag, content));
     }
-    content.chunks_exact(one).map(|chunk| self::one(tag, chunk)).collect()
+    let mut all = vec![T::new_zeroed(); count];
+    all.as_mut_slice().as_mut_bytes().copy_from_slice(content);
+    Ok(all)
 }
 
 fn wrong_length(tag: u32, content: &[u8]) -> StateError {

@@ -91,6 +91,13 @@ impl Pump {
         }
     }
 
+    /// Whether input can ever come. Input from a file that cannot be waited for, `/dev/null` among
+    /// them, is given up.
+    pub fn has_input(&mut self) -> bool {
+        self.input = self.input.take().filter(can_be_awaited);
+        self.input.is_some() || self.listener.is_some()
+    }
+
     /// What is watched now.
     pub fn sources(&self) -> Vec<Source> {
         let mut sources = vec![Source::readable(&self.wire.bell, BELL)];
@@ -230,6 +237,19 @@ impl Pump {
 
 fn readable(fd: &OwnedFd, token: u32) -> Source {
     Source { fd: fd.as_raw_fd(), events: EventSet::IN, token }
+}
+
+/// Whether a descriptor can be put into an epoll set: no plain file can, nor `/dev/null`.
+fn can_be_awaited(input: &OwnedFd) -> bool {
+    const NULL: libc::dev_t = libc::makedev(1, 3);
+    // SAFETY: `stat` is plain numbers, for which all zeroes is a value.
+    let mut about: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, and the call fills the structure it is given.
+    if unsafe { libc::fstat(input.as_raw_fd(), &raw mut about) } != 0 {
+        return false;
+    }
+    let kind = about.st_mode & libc::S_IFMT;
+    kind != libc::S_IFREG && !(kind == libc::S_IFCHR && about.st_rdev == NULL)
 }
 
 /// Whether both directions of a socket are closed by its peer.

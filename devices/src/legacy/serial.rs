@@ -15,8 +15,9 @@
 //! vm-superio keeps the registers. Output goes into a [`Wire`] and so never makes the vCPU
 //! wait; input comes from the [`Pump`] and only as far as the 64-byte FIFO has room, so a
 //! flood on standard input stays in the sender's pipe. The pump starts with the first use:
-//! the guest enables the receive interrupt (before that, Linux throws input away), or output
-//! has to wait. A machine whose console is a file or nothing never starts it.
+//! the guest enables the receive interrupt (before that, Linux throws input away) and there can
+//! be input, or output has to wait. A machine whose console is a file or nothing, or whose input
+//! is `/dev/null`, never starts it.
 //!
 //! A limit of output, if there is one, drops what is beyond it and counts it, as Firecracker
 //! does: holding it would either stop the vCPU or need memory without end, and the guest is
@@ -232,9 +233,22 @@ impl Serial {
         }
         self.wire.ring_bell();
         if listens {
-            self.start();
+            self.listen();
         }
         Ok(())
+    }
+
+    /// The guest takes input. Most machines have none to give, and no thread for it.
+    fn listen(&self) {
+        let mut running = self.pump.lock().unwrap_or_else(PoisonError::into_inner);
+        let has_input = match &mut *running {
+            Running::NotYet(pump) => pump.has_input(),
+            _ => false,
+        };
+        drop(running);
+        if has_input {
+            self.start();
+        }
     }
 
     /// Starts the pump if it is of use and has not been started.
@@ -275,15 +289,17 @@ impl Registers for Serial {
 
     fn write(&self, offset: u64, data: &[u8]) {
         let (&[value], Ok(register)) = (data, u8::try_from(offset)) else { return };
-        let start = {
+        let (listens, jams) = {
             let mut uart = lock(&self.uart);
             // The line is an event descriptor and the sender never fails.
             let _ = uart.write(register, value);
             let listens = offset == IER && value & IER_RECEIVE != 0 && uart.read(3) & LCR_DIVISOR == 0;
-            listens | std::mem::take(&mut uart.writer_mut().backlog)
+            (listens, std::mem::take(&mut uart.writer_mut().backlog))
         };
-        if start {
+        if jams {
             self.start();
+        } else if listens {
+            self.listen();
         }
     }
 }

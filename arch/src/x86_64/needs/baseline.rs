@@ -136,7 +136,6 @@ fn intersection(tables: &[Cpuid]) -> Table {
             // What a host has no row for cannot be given to it.
             let everywhere = tables.iter().all(|t| t.entry(leaf, subleaf).is_some());
             fields::of(leaf, subleaf, register)
-                .into_iter()
                 .map(|field| {
                     field.mask & merged(field.kind, field.mask, &values, everywhere.then_some(model))
                 })

@@ -97,6 +97,7 @@ const FREE: &[u32] = &[
 ];
 const TIMING: u32 = 0x4000_0010;
 
+/// In the order of leaves.
 const ROWS: &[Row] = &[
     free(1, 0, Eax, ALL),
     free(1, 0, Ebx, 0xffff_00ff),
@@ -125,6 +126,11 @@ const ROWS: &[Row] = &[
     free(0xd, 1, Ebx, ALL),
     free(0x14, 0, Eax, ALL),
     row(0x14, 1, Eax, ALL, Same, "processor trace ranges"),
+    // Tiles: their sizes are part of their state.
+    row(0x1d, ANY, Eax, ALL, Same, "tile palette"),
+    row(0x1d, ANY, Ebx, ALL, Same, "tile palette"),
+    row(0x1d, ANY, Ecx, ALL, Same, "tile palette"),
+    row(0x1e, 0, Ebx, ALL, Same, "tile multiplier"),
     free(0x24, 0, Eax, ALL),
     row(0x24, 0, Ebx, 0xff, Most, "version of AVX10"),
     free(0x4000_0001, 0, Ebx, ALL),
@@ -151,36 +157,31 @@ const ROWS: &[Row] = &[
     row(0x8000_0022, 0, Ebx, 0x3f0, Most, "last branch records"),
     row(0x8000_0022, 0, Ebx, 0xfc00, Most, "northbridge performance counters"),
     free(0x8000_0022, 0, Ebx, 0xffff_0000),
-    // Tiles: their sizes are part of their state.
-    row(0x1d, ANY, Eax, ALL, Same, "tile palette"),
-    row(0x1d, ANY, Ebx, ALL, Same, "tile palette"),
-    row(0x1d, ANY, Ecx, ALL, Same, "tile palette"),
-    row(0x1e, 0, Ebx, ALL, Same, "tile multiplier"),
 ];
 
 /// The fields that a register of CPUID falls into; together they are all its bits.
-pub fn of(leaf: u32, subleaf: u32, register: Register) -> Vec<Field> {
-    if FREE.contains(&leaf) {
-        return vec![Field { mask: ALL, kind: Free, name: "" }];
-    }
-    if leaf == 0xd && subleaf >= 2 {
+pub fn of(leaf: u32, subleaf: u32, register: Register) -> impl Iterator<Item = Field> + Clone {
+    let all = |kind, name| Some(Field { mask: ALL, kind, name });
+    let whole = if FREE.contains(&leaf) {
+        all(Free, "")
+    } else if leaf == 0xd && subleaf >= 2 {
         // A component of the XSAVE area: size, offset, how it is aligned.
-        let kind = if register == Edx { Free } else { Same };
-        return vec![Field { mask: ALL, kind, name: "layout" }];
-    }
-    let rows = ROWS.iter().filter(|r| r.0 == leaf && (r.1 == subleaf || r.1 == ANY) && r.2 == register);
-    let mut fields: Vec<Field> = rows.map(|r| r.3).collect();
-    let rest = !fields.iter().fold(0, |mask, f| mask | f.mask);
-    if rest != 0 {
-        fields.push(Field { mask: rest, kind: Kind::Feature, name: "" });
-    }
-    fields
+        all(if register == Edx { Free } else { Same }, "layout")
+    } else {
+        None
+    };
+    let first = ROWS.partition_point(|r| r.0 < leaf);
+    let rows = ROWS.get(first..).filter(|_| whole.is_none()).unwrap_or_default();
+    let rows = rows.iter().take_while(move |r| r.0 == leaf);
+    let rows = rows.filter(move |r| (r.1 == subleaf || r.1 == ANY) && r.2 == register).map(|r| r.3);
+    let rest = if whole.is_some() { 0 } else { !rows.clone().fold(0, |mask, f| mask | f.mask) };
+    let rest = (rest != 0).then_some(Field { mask: rest, kind: Kind::Feature, name: "" });
+    whole.into_iter().chain(rows).chain(rest)
 }
 
 /// The bits of a register that a guest can rely on.
 pub fn relied_on(leaf: u32, subleaf: u32, register: Register) -> u32 {
-    let fields = of(leaf, subleaf, register);
-    fields.iter().filter(|f| f.kind != Free).fold(0, |mask, f| mask | f.mask)
+    of(leaf, subleaf, register).filter(|f| f.kind != Free).fold(0, |mask, f| mask | f.mask)
 }
 
 /// Leaves that a template must leave as they are: true of one host or of one machine only.
@@ -193,11 +194,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn rows_are_in_the_order_of_leaves() {
+        assert!(ROWS.is_sorted_by_key(|row| row.0));
+    }
+
+    #[test]
     fn every_bit_of_every_register_travels_in_exactly_one_way() {
         let leaves = ROWS.iter().map(|r| (r.0, r.1.min(1))).chain([(7, 1), (0xd, 9), (0x99, 0), (4, 2)]);
         for (leaf, subleaf) in leaves {
             for register in [Eax, Ebx, Ecx, Edx] {
-                let fields = of(leaf, subleaf, register);
+                let fields: Vec<Field> = of(leaf, subleaf, register).collect();
                 let sum: u64 = fields.iter().map(|f| u64::from(f.mask)).sum();
                 assert_eq!(sum, u64::from(ALL), "{leaf:#x} {subleaf} {register:?}");
                 for field in fields.iter().filter(|f| matches!(f.kind, Most | Same)) {
@@ -211,9 +217,9 @@ mod tests {
 
     #[test]
     fn a_field_is_read_as_its_number() {
-        let bits = of(0x8000_0008, 0, Eax);
+        let bits: Vec<Field> = of(0x8000_0008, 0, Eax).collect();
         assert_eq!(bits[0].of(0x3930), 0x30);
         assert_eq!(bits[1].of(0x3930), 0x39);
-        assert_eq!(of(0x8000_0099, 0, Eax)[0].kind, Kind::Feature);
+        assert_eq!(of(0x8000_0099, 0, Eax).next().map(|f| f.kind), Some(Kind::Feature));
     }
 }

@@ -208,7 +208,7 @@ impl Needs {
             for &(register, bits) in &change.registers {
                 let has = offered.as_ref().map_or(0, |c| read(c, change.leaf, change.subleaf, register));
                 let features = fields::of(change.leaf, change.subleaf, register);
-                let features = features.iter().filter(|f| f.kind == Kind::Feature);
+                let features = features.filter(|f| f.kind == Kind::Feature);
                 let mask = features.fold(0, |mask, f| mask | f.mask);
                 *row.register_mut(register) &= !(bits.value & mask & !has);
             }

@@ -50,7 +50,7 @@ fn every_truncation_and_every_flipped_length_is_refused_without_a_panic() {
 
 #[test]
 fn nested_state_is_only_for_machines_with_nesting() {
-    let shape = |nested| StateShape { msrs: Vec::new(), xsave: XSAVE_MIN, nested };
+    let shape = |nested| StateShape { listed: Vec::new(), msrs: OnceLock::new(), xsave: XSAVE_MIN, nested };
     assert!(state().check_nested(&shape(true)).is_ok());
     assert!(state().check_nested(&shape(false)).is_err());
     let plain = VcpuState { nested: None, ..state() };
