@@ -219,6 +219,8 @@ fn two_pairs_are_used_when_the_driver_says_so() {
     let buffer = rig.driver.readable(&bytes);
     assert_eq!(rig.driver.request(3, &[buffer]), Some(0));
     assert_eq!(rig.peers[1].take().unwrap(), bytes);
+    // Counted at the end of a turn, in which the pair stays as it was.
+    rig.wait_counter("tx_packets", 1);
     assert_eq!(command(&mut rig, &[4, 0, 1, 0]), 0);
     assert_eq!(rig.driver.request(3, &[buffer]), Some(0));
     assert!(rig.peers[1].take_for(Duration::from_millis(20)).is_none(), "dropped: not in use");
