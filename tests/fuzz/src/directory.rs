@@ -17,7 +17,9 @@ use nacelle::{
     pager::working_set::Place,
     snapshot::{
         self, Chain, Destination, Digest, Id, Manner, Pair, Region, Search, Store, Subject, Writer,
-        manifest::Manifest, pair::About, parent_of, state as file,
+        manifest::{Json, Manifest},
+        pair::About,
+        parent_of, state as file,
     },
     vm::lazy,
 };
@@ -81,7 +83,7 @@ fn write(name: &str, manner: Manner<'_>, diff: bool) {
     let subject = Subject {
         nacelle: "0.1.0".to_owned(),
         created: 1,
-        machine: json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 1 } }),
+        machine: Json::of(&json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 1 } })),
         regions: vec![region(0, 0), region(1 << 32, SIZE / 2)],
         parent,
         ..Subject::default()
@@ -209,8 +211,8 @@ fn about() -> About {
         id: Id([7; 16]),
         nacelle: "0.1.0".to_owned(),
         created: 1,
-        machine: json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 1 } }),
-        cpu: Value::Null,
+        machine: Json::of(&json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 1 } })),
+        cpu: Json::default(),
         size: SIZE,
         regions: vec![region(0, 0), region(1 << 32, SIZE / 2)],
         mark: 64,
