@@ -45,7 +45,8 @@ use crate::{
     phase::Phase,
     server::{Answer, Ticket},
     snapshot::{
-        self, Destination, Manner, PairWriter, Parent, SnapshotError, Store, Subject, Watch, Writer,
+        self, Chain, Destination, Manner, PairWriter, Parent, Search, SnapshotError, Store, Subject, Watch,
+        Writer,
         disk::HostDisk,
         extents::Run,
         hint_from,
@@ -74,6 +75,15 @@ pub(super) struct Lineage {
     pub id: snapshot::Id,
     /// Digest of its memory index.
     pub index: snapshot::Digest,
+}
+
+impl Lineage {
+    /// The snapshot with all it lies on, if it is still there and the same.
+    fn chain(&self) -> Option<Chain> {
+        let chain = Chain::open(&self.path, &Search::default()).ok()?;
+        let manifest = chain.top().manifest();
+        (manifest.id == self.id && manifest.memory.index.digest == self.index).then_some(chain)
+    }
 }
 
 /// How far a writer is, and whether it is to go on.
@@ -157,6 +167,8 @@ struct Work {
     subject: Subject,
     sections: Vec<Section>,
     parts: Vec<Part>,
+    /// What pages are compared with, where nobody knows which have changed.
+    base: Option<Lineage>,
     drives: Vec<Captured>,
     running_from: Vec<PathBuf>,
     id: snapshot::Id,
@@ -302,6 +314,7 @@ impl Controller {
         };
         let lineage = self.lineage.as_ref();
         let parent = lineage.filter(|_| changed_only && create.mem_file_path.is_none());
+        let base = parent.filter(|_| capture.guessed).cloned();
         let subject = subject(&self.spec, &create, &capture, parent);
         running.job.total_bytes = capture.bytes();
         running.progress.total.store(capture.bytes(), Relaxed);
@@ -310,7 +323,7 @@ impl Controller {
         let release: Release = (create.live && stays)
             .then(|| Box::new(move || drop(handle.put(Event::DrivesCopied))) as Box<dyn FnOnce() + Send>);
         let (sections, parts) = (capture.sections, capture.parts);
-        let work = Work { create, subject, sections, parts, drives, running_from, id, image, release };
+        let work = Work { create, subject, sections, parts, base, drives, running_from, id, image, release };
         let (watch, handle) = (Arc::clone(&running.progress), self.mailbox.handle.clone());
         let spawned = thread::Builder::new().name("snapshot".to_owned()).spawn(move || {
             let outcome = work.write(&watch);
@@ -553,11 +566,16 @@ impl Work {
             release();
         }
         let mut image = self.image.take();
+        // One that is gone cannot be compared with; the diff is whole all the same.
+        let base = self.base.and_then(|base| base.chain());
         for part in &self.parts {
             match &part.from {
-                From::Memory(at) => {
-                    each(&mut image, *at, part.len, |from, bytes| writer.run(part.offset + from, bytes))?;
-                }
+                From::Memory(at) => each(&mut image, *at, part.len, |from, bytes| match &base {
+                    Some(base) => {
+                        base.differing(part.offset + from, bytes, |at, pages| writer.run(at, pages))
+                    }
+                    None => writer.run(part.offset + from, bytes),
+                })?,
                 From::File(file) => writer.copy(file, part.offset, part.offset, part.len)?,
             }
         }

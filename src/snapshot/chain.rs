@@ -16,9 +16,10 @@ use super::{
     SnapshotError,
     digest::Id,
     extents::{Found, Run},
-    limits::CHAIN_MAX,
+    limits::{CHAIN_MAX, PAGE},
     manifest::Parent,
     reader::{Search, Snapshot, follow_hint, inspect, list},
+    writer::PIECE,
 };
 
 /// Where pages come from, and for how many bytes that holds.
@@ -143,6 +144,37 @@ impl Chain {
     /// The same, of bytes whose hashes were checked where there are hashes.
     pub fn read_checked(&self, offset: u64, buffer: &mut [u8]) -> Result<(), SnapshotError> {
         self.gather(0, offset, buffer, Snapshot::read_checked)
+    }
+
+    /// Hands on to `write` those pages of `bytes`, which are memory from `offset` on, that are not
+    /// the same here.
+    pub fn differing(
+        &self,
+        offset: u64,
+        bytes: &[u8],
+        mut write: impl FnMut(u64, &[u8]) -> Result<(), SnapshotError>,
+    ) -> Result<(), SnapshotError> {
+        let mut held = vec![0; PIECE.min(bytes.len())];
+        let mut at = offset;
+        for mut piece in bytes.chunks(PIECE) {
+            if at.checked_add(piece.len() as u64).is_none_or(|end| end > self.size()) {
+                write(at, piece)?;
+                at = at.saturating_add(piece.len() as u64);
+                continue;
+            }
+            held.truncate(piece.len());
+            self.read(at, &mut held)?;
+            let pages = piece.chunks(PAGE as usize).zip(held.chunks(PAGE as usize));
+            let differs: Vec<bool> = pages.map(|(now, before)| now != before).collect();
+            for run in differs.chunk_by(bool::eq) {
+                let (pages, rest) = piece.split_at((run.len() * PAGE as usize).min(piece.len()));
+                if run.contains(&true) {
+                    write(at, pages)?;
+                }
+                (piece, at) = (rest, at + pages.len() as u64);
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn read_below(

@@ -76,6 +76,9 @@ pub struct Capture {
     pub regions: Vec<Region>,
     /// What is to be written, in rising order.
     pub parts: Vec<Part>,
+    /// Only what changed was asked for, and nobody knows what did: the parts are all that was ever
+    /// touched.
+    pub guessed: bool,
     /// What was written since the last snapshot, forgotten by this capture. Given back by
     /// [`Vm::put_back`] if the snapshot fails.
     pub dirty: Vec<Run>,
@@ -133,7 +136,9 @@ impl Vm {
             self.gap(changed_only, Run { start: at, end: window.end }, &mut parts);
         }
         let regions = self.regions();
-        Ok(Capture { sections, needs, regions, parts, dirty: dirty.finish().runs().to_vec() })
+        let knows = self.tracks_dirty_pages || matches!(self.beneath, Beneath::File(_) | Beneath::Layers(_));
+        let (guessed, dirty) = (changed_only && !knows, dirty.finish().runs().to_vec());
+        Ok(Capture { sections, needs, regions, parts, guessed, dirty })
     }
 
     /// RAM that only a touch brings forth, if there is such: it must all be there before the machine

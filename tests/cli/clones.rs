@@ -56,7 +56,7 @@ fn available_kib() -> i64 {
 #[test]
 fn clones_answer_over_the_network_and_none_is_another() {
     let count = clones();
-    let limit = LIMIT + 2 * Duration::from_secs(count.into());
+    let limit = LIMIT + 10 * Duration::from_secs(count.into());
     let (host, taps) = (Host::new(), Taps::new("nclclo", 24, count + 1));
     host.run(&["-d", "--name", "base", "--tap", &taps.flag()], SERVER).expect(0);
     wait_until("it to serve and to count", || who(&taps, 0).get("count").is_some_and(|n| !n.is_empty()));

@@ -140,6 +140,32 @@ fn differences_are_found_page_by_page() {
 }
 
 #[test]
+fn pages_that_a_chain_has_already_are_not_written_again() {
+    let (_keep, dir) = temporary();
+    let mut line = Line::new(&dir);
+    line.take(&[(1, page(1)), (2, page(2))]);
+    let chain = chain(&line.take(&[(2, page(3))]));
+    // Pages 0 to 3: one that is zero on both sides, the parent's, the diff's, and a new one.
+    let differing = |first: u64, pages: &[Vec<u8>]| {
+        let mut found = Vec::new();
+        let mut take = |at: u64, bytes: &[u8]| {
+            found.push((at / PAGE, bytes.to_vec()));
+            Ok(())
+        };
+        chain.differing(first * PAGE, &pages.concat(), &mut take).unwrap();
+        found
+    };
+    let same = [vec![0; PAGE as usize], page(1), page(3)];
+    assert_eq!(differing(0, &same), []);
+    assert_eq!(differing(0, &[&same[..], &[page(4)]].concat()), [(3, page(4))]);
+    assert_eq!(differing(1, &[page(2), page(2)]), [(1, [page(2), page(2)].concat())]);
+    // A page that was emptied is written, and what lies beyond the chain's memory is not known there.
+    assert_eq!(differing(1, &[vec![0; PAGE as usize]]), [(1, vec![0; PAGE as usize])]);
+    let end = chain.size() / PAGE;
+    assert_eq!(differing(end, &[page(9)]), [(end, page(9))]);
+}
+
+#[test]
 fn a_diff_changes_its_parent_only_where_the_pages_agree() {
     let (_keep, dir) = temporary();
     let mut line = Line::new(&dir);
