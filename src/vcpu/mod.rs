@@ -19,7 +19,7 @@
 //! All vCPUs are told first and waited for afterwards, so a pause of 64 costs about what a
 //! pause of one does. Before it answers, a vCPU *settles*: an access to a register that it
 //! had left the guest for is completed by one more `KVM_RUN`, because the state KVM hands
-//! out in between is of neither before nor after.
+//! out in between is of neither before nor after. One that was interrupted has none to complete.
 //!
 //! A vCPU runs when two agree: the machine, which [`Vcpus::run`] and [`Vcpus::pause`] speak
 //! for, and a debugger if there is one, which [`Vcpus::hold`] and [`Vcpus::release`] speak
@@ -323,19 +323,18 @@ impl Vcpus {
             }
             Ok(())
         })?;
-        self.each(|index, h| {
-            if !h.running.get() {
-                return Ok(());
-            }
+        // The last one told is the last one waited for anyway. Waited for first, it is mostly the
+        // only one that has to wake this thread: the answers of the others lie here by then.
+        for (index, h) in self.handles.iter().enumerate().rev().filter(|(_, h)| h.running.get()) {
             match h.answer(index)? {
                 Answer::Paused(stop) => {
                     h.running.set(false);
                     h.stop.set(stop);
-                    Ok(())
                 }
-                _ => Err(VcpuError::OutOfTurn(index)),
+                _ => return Err(VcpuError::OutOfTurn(index)),
             }
-        })
+        }
+        Ok(())
     }
 
     /// Reads the state of every vCPU; only while paused.

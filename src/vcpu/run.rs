@@ -50,6 +50,8 @@ pub struct Vcpu {
     over: bool,
     /// The guest has run, or ran before it was saved, and stood still since.
     stood_still: bool,
+    /// It left the guest for an access, which KVM completes when it is entered next.
+    unsettled: bool,
     /// What a debugger had set and the vCPU met: it is not entered before the next `Run`.
     stop: Option<kvm_debug_exit_arch>,
 }
@@ -57,7 +59,8 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU that has its first state.
     pub fn new(fd: VcpuFd, buses: Buses, reporter: Reporter, exits: Arc<Exits>) -> Vcpu {
-        Vcpu { fd, buses, reporter, exits, over: false, stood_still: false, stop: None }
+        let (over, stood_still, unsettled) = (false, false, true);
+        Vcpu { fd, buses, reporter, exits, over, stood_still, unsettled, stop: None }
     }
 
     /// The descriptor of a vCPU whose thread never was.
@@ -153,7 +156,11 @@ impl Vcpu {
     }
 
     fn enter(&mut self) -> Next {
-        match self.fd.run() {
+        let left = self.fd.run();
+        // KVM completes a pending access before it looks for a reason not to enter the guest: one
+        // that was interrupted has none pending.
+        self.unsettled = !matches!(&left, Err(e) if e.errno() == libc::EINTR);
+        match left {
             Ok(exit) => match exit {
                 VcpuExit::IoOut(port, data) => {
                     self.exits.port_out.of(|| self.buses.ports.write(port.into(), data));
@@ -193,6 +200,9 @@ impl Vcpu {
 
     /// Completes an access that the vCPU left the guest for: one entry that returns at once.
     fn settle(&mut self) {
+        if !std::mem::take(&mut self.unsettled) {
+            return;
+        }
         self.fd.set_kvm_immediate_exit(1);
         // The answer is EINTR by design; the pending access was completed on the way. Only the
         // end of a debugger's step, if the access was that step, is told instead.
