@@ -137,8 +137,49 @@ pub(crate) fn next_data(file: &File, offset: u64, end: u64) -> io::Result<Option
 
 /// Whether all bytes are zero.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    // Pieces of a cache line or two let the compiler use wide registers, and a page that is
-    // not zero is mostly found out by its first.
-    let (pieces, rest) = bytes.as_chunks::<128>();
-    pieces.iter().all(|p| p.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|b| *b == 0)
+    // A page that is not zero is mostly found out by its first bytes.
+    let (first, rest) = bytes.split_at(bytes.len().min(128));
+    if !is_blank(first) {
+        return false;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has what the function was compiled for.
+        return unsafe { is_blank_avx2(rest) };
+    }
+    is_blank(rest)
+}
+
+/// As [`is_blank`], with registers twice as wide. Machines of huge pages have many pages of zeros,
+/// and looking at those was a tenth of what a snapshot cost.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn is_blank_avx2(bytes: &[u8]) -> bool {
+    is_blank(bytes)
+}
+
+/// Pieces of some cache lines let the compiler use wide registers.
+#[inline(always)]
+fn is_blank(bytes: &[u8]) -> bool {
+    let (pieces, rest) = bytes.as_chunks::<512>();
+    pieces.iter().all(|p| p.iter().fold(0, |all, byte| all | byte) == 0)
+        && rest.as_chunks::<128>().0.iter().all(|p| p.iter().fold(0, |all, byte| all | byte) == 0)
+        && rest.as_chunks::<128>().1.iter().all(|b| *b == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_bit_anywhere_in_a_page_is_found() {
+        let mut page = [0; 4096];
+        assert!(is_zero(&page) && is_zero(&[]) && is_zero(&page[..1000]));
+        for at in 0..page.len() {
+            page[at] = 0x10;
+            assert!(!is_zero(&page), "byte {at}");
+            assert_eq!(is_zero(&page[..1000]), at >= 1000, "byte {at}");
+            page[at] = 0;
+        }
+    }
 }

@@ -1,8 +1,8 @@
 //! Which pages of guest memory hold something, and which were written.
 //!
 //! ```text
-//!   all of RAM ──┬─ touched   /proc/self/pagemap: there is a page, or one in swap
-//!                ├─ own       the same, and it is this process's: a file that is mapped
+//!   all of RAM ──┬─ touched   /proc/self/pagemap or mincore: there is a page, or one in swap
+//!                ├─ own       pagemap: there is one, and it is this process's: a file that is mapped
 //!                │            privately shows through wherever nothing was written
 //!                └─ dirty     KVM's log (guest) and bitmaps of `Memory` (devices)
 //! ```
@@ -76,11 +76,14 @@ pub enum Which {
 /// Adds the pages of `piece` that are there, as runs of the memory file.
 pub fn find(map: &PageMap, piece: Piece, which: Which, found: &mut Gathering) -> io::Result<()> {
     let span = Span { host: piece.host as u64, len: piece.len, offset: piece.offset };
-    map.scan(span, |run, own| {
-        if own || which == Which::Touched {
-            found.add(run);
-        }
-    })
+    match which {
+        Which::Touched => map.scan_present(span, |run| found.add(run)),
+        Which::Own => map.scan(span, |run, own| {
+            if own {
+                found.add(run);
+            }
+        }),
+    }
 }
 
 /// Takes what was written to RAM since the last time: KVM's log of slots 0 and on (KVM API section
