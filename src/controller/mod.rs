@@ -300,7 +300,7 @@ impl Controller {
             self.attend_removals();
             if self.settled.is_some_and(|settled| settled <= Instant::now()) {
                 self.settled = None;
-                crate::footprint::give_back_program_text();
+                crate::footprint::give_back();
             }
             if self.phase == Phase::Ended {
                 return Ok(self.end(Ending::Stopped));
