@@ -48,7 +48,3 @@ pub use x86_64::{
 
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("nacelle runs on x86_64 only so far: a processor is a folder beside src/x86_64");
-
-/// Guest memory as the whole monitor uses it: mappings with a dirty bitmap that is there only
-/// while somebody counts dirty pages.
-pub type Memory = vm_memory::GuestMemoryMmap<Option<vm_memory::bitmap::AtomicBitmap>>;

@@ -39,8 +39,8 @@ pub mod state;
 pub mod trouble;
 pub mod virtio;
 pub mod worker;
+pub mod written;
 
-/// Guest memory as every device sees it: mapped regions by guest-physical address, with an
-/// optional bitmap of the pages that devices wrote (on only while dirty pages are tracked,
-/// because the hypervisor's own log does not see writes made by this process).
-pub type Memory = vm_memory::GuestMemoryMmap<Option<vm_memory::bitmap::AtomicBitmap>>;
+/// Guest memory as every device sees it: mapped regions by guest-physical address, each with a
+/// record of the pages that devices wrote, which is on only while somebody wants it.
+pub type Memory = vm_memory::GuestMemoryMmap<written::Written>;

@@ -5,14 +5,15 @@
 //!                                │                                │ progress, cancel
 //!                                └► job: 202, or an answer later ◄┘ event, lineage
 //!
-//!   live   memory that is served ─► capture, image ─► drives copied ─► goes on ─► pages of the image
-//!          is brought, on a thread       └────── stands still ──────┘
+//!   live   memory that is served ─► image ─► capture ─► drives copied ─► goes on ─► pages of the image
+//!          is brought, on a thread              └─ stands still ─┘
 //! ```
 //!
 //! A snapshot is captured on this thread and written on another, so that a machine whose memory
 //! takes a minute to write is still asked how it is, how far it is, or to stop. One is written at a
 //! time. A machine that is to stand still while it is written cannot be resumed before. With `live` it
-//! stands still until its memory is held as it was ([`crate::vm::image`]) and its drives are copied.
+//! stands still until its state and the last of its memory are held ([`crate::vm::ahead`]) and its
+//! drives are copied.
 //!
 //! Whatever goes wrong, the machine is as it was: what was to be in the snapshot is captured again
 //! by the next one.
@@ -53,6 +54,7 @@ use crate::{
         manifest::{self, Json},
     },
     vm::{
+        ahead::Ahead,
         capture::{Capture, From, Part},
         image::{self, Image},
         pages::Piece,
@@ -259,39 +261,67 @@ impl Controller {
     /// Captures the machine and begins to write it. When that fails the machine is as it was.
     fn write_snapshot(&mut self, create: CreateSnapshot) -> Result<(), Fault> {
         let drives = captured(&self.spec, create.drives)?;
+        // Only drives that are copied need the machine to stand still once there is an image.
+        let stays = !create.live || drives.iter().any(|drive| drive.file.is_some());
+        let ahead = self.image_ahead(&create);
         let begins = Instant::now();
-        if let (Phase::Running, Some(live)) = (self.phase, &self.live) {
-            live.vm.pause().map_err(|e| Fault::from_error(e.kind(), &e))?;
+        if let (Phase::Running, Some(live)) = (self.phase, &mut self.live)
+            && let Err(error) = live.vm.pause()
+        {
+            live.vm.unwatch();
+            return Err(Fault::from_error(error.kind(), &error));
         }
         if let Some(running) = &mut self.jobs.running {
             running.held = Some(begins);
         }
-        // Only drives that are copied need the machine to stand still once there is an image.
-        let stays = !create.live || drives.iter().any(|drive| drive.file.is_some());
-        let begun = self.write_held(create, drives, stays);
-        if begun.is_err() || !stays {
+        let work = self.captured_work(create, drives, ahead, stays);
+        if work.is_err() || !stays {
+            self.release_machine();
+        }
+        let begun = self.begin_writing(work?);
+        if begun.is_err() {
             self.release_machine();
         }
         begun
     }
 
-    fn write_held(
+    /// The image of a live snapshot, if it can be taken before the machine stands still.
+    fn image_ahead(&mut self, create: &CreateSnapshot) -> Option<Ahead> {
+        let live = self.live.as_mut().filter(|_| create.live && self.phase == Phase::Running)?;
+        // An image holds memory without the breakpoints of a debugger, which are in it now.
+        if live.debugger.is_some() {
+            return None;
+        }
+        live.vm
+            .image_ahead()
+            .inspect_err(|e| log::info!("Memory is held only while the machine stands still: {e}"))
+            .ok()
+            .flatten()
+    }
+
+    /// Captures the machine, which stands still.
+    fn captured_work(
         &mut self,
         create: CreateSnapshot,
         drives: Vec<Captured>,
+        mut ahead: Option<Ahead>,
         stays: bool,
-    ) -> Result<(), Fault> {
-        let internal = |e: io::Error| Fault::from_error(FaultKind::Internal, &e);
-        let id = snapshot::Id::random().map_err(internal)?;
-        let (Some(live), Some(running)) = (&mut self.live, &mut self.jobs.running) else { return Ok(()) };
+    ) -> Result<Work, Fault> {
+        let id = snapshot::Id::random().map_err(|e| internal(&e))?;
+        let (Some(live), Some(running)) = (&mut self.live, &mut self.jobs.running) else {
+            return Err(Fault::new(FaultKind::Conflict, crate::phase::TOO_EARLY));
+        };
         let changed_only = create.snapshot_type == SnapshotType::Diff
             && (create.mem_file_path.is_some() || self.lineage.is_some());
         let (mmds, vm) = (self.mmds.as_ref(), &mut live.vm);
         let huge = vm.huge_pages;
-        // An image holds memory without the breakpoints of a debugger.
         let mut capture = || {
-            let capture = vm.capture(changed_only, mmds)?;
-            Ok((capture, create.live.then(|| Image::take(huge)).transpose()))
+            let capture = vm.capture(changed_only, mmds, ahead.as_mut())?;
+            let image = match ahead.take() {
+                Some(ahead) => Ok(Some(ahead.image)),
+                None => create.live.then(|| Image::take(huge)).transpose(),
+            };
+            Ok((capture, image))
         };
         let capture = match live.debugger.as_ref() {
             Some(debugger) => debugger.without_breakpoints(capture),
@@ -318,22 +348,27 @@ impl Controller {
         let subject = subject(&self.spec, &create, &capture, parent);
         running.job.total_bytes = capture.bytes();
         running.progress.total.store(capture.bytes(), Relaxed);
+        running.dirty = capture.dirty;
         let running_from = lineage.iter().map(|lineage| lineage.path.clone()).collect();
         let handle = self.mailbox.handle.clone();
         let release: Release = (create.live && stays)
             .then(|| Box::new(move || drop(handle.put(Event::DrivesCopied))) as Box<dyn FnOnce() + Send>);
         let (sections, parts) = (capture.sections, capture.parts);
-        let work = Work { create, subject, sections, parts, base, drives, running_from, id, image, release };
+        Ok(Work { create, subject, sections, parts, base, drives, running_from, id, image, release })
+    }
+
+    /// Begins to write what was captured.
+    fn begin_writing(&mut self, work: Work) -> Result<(), Fault> {
+        let (Some(live), Some(running)) = (&mut self.live, &mut self.jobs.running) else { return Ok(()) };
         let (watch, handle) = (Arc::clone(&running.progress), self.mailbox.handle.clone());
         let spawned = thread::Builder::new().name("snapshot".to_owned()).spawn(move || {
             let outcome = work.write(&watch);
             let _ = handle.put(Event::SnapshotEnded(Box::new(outcome)));
         });
         running.thread = Some(spawned.map_err(|e| {
-            live.vm.put_back(&capture.dirty);
-            internal(e)
+            live.vm.put_back(&std::mem::take(&mut running.dirty));
+            internal(&e)
         })?);
-        running.dirty = capture.dirty;
         Ok(())
     }
 
@@ -348,6 +383,7 @@ impl Controller {
             log::error!("The machine does not go on after its snapshot: {error}");
         }
         running.job.pause_us = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.live.iter_mut().for_each(|live| live.vm.unwatch());
     }
 
     /// A writer is done, or has given up.
@@ -431,6 +467,10 @@ impl Controller {
             server.answer(ticket, &response);
         }
     }
+}
+
+fn internal(error: &io::Error) -> Fault {
+    Fault::from_error(FaultKind::Internal, error)
 }
 
 /// The drives of a machine as they are to belong to its snapshot, open where they are copied.

@@ -347,6 +347,7 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
         annex,
         beneath,
         tracks_dirty_pages: config.track_dirty_pages,
+        watched: false,
         huge_pages: config.huge_pages == spec::HugePages::Huge2M,
         carried: Gathering::default(),
         power: board.power,

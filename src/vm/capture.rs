@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{
     Vm, VmError,
+    ahead::Ahead,
     annex::Annex,
     lazy::Layers,
     pages::{self, Piece, Which},
@@ -27,7 +28,7 @@ use crate::{
     pagemap::PageMap,
     snapshot::{
         Region,
-        extents::{Gathering, Run},
+        extents::{Extents, Gathering, Run},
     },
 };
 
@@ -94,34 +95,49 @@ impl Capture {
 impl Vm {
     /// Captures the machine; only while it is paused, and what is captured is true only as long.
     /// With `changed_only`, of memory only what was written since the snapshot that was taken or
-    /// loaded last (or more, never less).
-    pub fn capture(&mut self, changed_only: bool, mmds: Option<&Arc<Mmds>>) -> Result<Capture, VmError> {
+    /// loaded last (or more, never less). An image that was taken before gets what was written since.
+    pub fn capture(
+        &mut self,
+        changed_only: bool,
+        mmds: Option<&Arc<Mmds>>,
+        ahead: Option<&mut Ahead>,
+    ) -> Result<Capture, VmError> {
         let (sections, needs) = self.save(mmds)?;
         let (ram, plugged) = (pages::pieces(&self.ram), plugged(&self.memory, &self.annex));
-        let mut dirty = std::mem::take(&mut self.carried);
-        if self.tracks_dirty_pages {
-            let taken = pages::take_dirty(self.host.vm(), &self.ram, &mut dirty);
-            if let Err(source) = taken {
-                self.carried = dirty;
-                return Err(VmError::DirtyLog(source));
+        let mut found = None;
+        if self.tracks_dirty_pages || ahead.is_some() {
+            let fresh = self.written_since().map_err(VmError::DirtyLog)?;
+            if let Some(ahead) = ahead {
+                ahead.keep(&ram, &fresh);
+                found = Some(std::mem::take(&mut ahead.found));
             }
         }
+        let dirty = std::mem::take(&mut self.carried);
+        let all: Vec<Piece> = ram.iter().chain(&plugged).copied().collect();
+        let looked_at = if changed_only && self.tracks_dirty_pages {
+            found = Some(dirty.clone());
+            &plugged
+        } else if found.is_some() {
+            &plugged
+        } else {
+            &all
+        };
         let map = PageMap::open()
             .inspect_err(|e| log::warn!("All of memory is read, as what was touched is not known: {e}"));
-        let map = map.ok();
-        let all: Vec<Piece> = ram.iter().chain(&plugged).copied().collect();
-        let found = if changed_only && self.tracks_dirty_pages {
-            let mut found = dirty.clone();
-            plugged.iter().for_each(|piece| self.own(map.as_ref(), *piece, &mut found));
-            found
-        } else {
-            let mut found = Gathering::default();
-            all.iter().for_each(|piece| self.own(map.as_ref(), *piece, &mut found));
-            found
-        };
+        let mut found = found.unwrap_or_default();
+        looked_at.iter().for_each(|piece| self.own(map.as_ref().ok(), *piece, &mut found));
         let own = found.finish();
+        let parts = self.parts(&all, &own, changed_only);
+        let regions = self.regions();
+        let knows = self.tracks_dirty_pages || matches!(self.beneath, Beneath::File(_) | Beneath::Layers(_));
+        let (guessed, dirty) = (changed_only && !knows, dirty.finish().runs().to_vec());
+        Ok(Capture { sections, needs, regions, parts, guessed, dirty })
+    }
+
+    /// Where the machine's `own` pages are, and what shows through between them.
+    fn parts(&self, all: &[Piece], own: &Extents, changed_only: bool) -> Vec<Part> {
         let mut parts = Vec::new();
-        for piece in &all {
+        for piece in all {
             let window = Run { start: piece.offset, end: piece.offset + piece.len };
             let mut at = window.start;
             for run in own.inside(window) {
@@ -135,10 +151,7 @@ impl Vm {
             }
             self.gap(changed_only, Run { start: at, end: window.end }, &mut parts);
         }
-        let regions = self.regions();
-        let knows = self.tracks_dirty_pages || matches!(self.beneath, Beneath::File(_) | Beneath::Layers(_));
-        let (guessed, dirty) = (changed_only && !knows, dirty.finish().runs().to_vec());
-        Ok(Capture { sections, needs, regions, parts, guessed, dirty })
+        parts
     }
 
     /// RAM that only a touch brings forth, if there is such: it must all be there before the machine
@@ -166,7 +179,7 @@ impl Vm {
     }
 
     /// Adds the pages of `piece` that are the machine's own.
-    fn own(&self, map: Option<&PageMap>, piece: Piece, found: &mut Gathering) {
+    pub(super) fn own(&self, map: Option<&PageMap>, piece: Piece, found: &mut Gathering) {
         let which = match self.beneath {
             Beneath::File(_) | Beneath::Layers(_) => Which::Own,
             Beneath::Nothing | Beneath::Unknown => Which::Touched,

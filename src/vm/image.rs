@@ -6,6 +6,7 @@
 //!                                  │ writes from now on are copied by the kernel, for the machine
 //!   writer ─ "these bytes" ─► copies them into a buffer that both see, and lets go of them
 //!          ◄──── "there" ────
+//!   or: Image::take ─► machine stands still ─► Image::keep: what it wrote meanwhile ─► goes on
 //!   Image dropped, or this process gone ─► it is killed
 //! ```
 //!
@@ -23,7 +24,8 @@
 //! | fork | 43 ms | 1.0 ms | 3.0 µs | 8 µs |
 //! | userfaultfd | 53 ms | 0.03 ms | 6.0 µs | 15 µs |
 //!
-//! So the pause is the same where it is long, and the guest is slowed half as much; it never waits
+//! So the pause is the same where it is long (and can be had beforehand: [`super::ahead`]), and the
+//! guest is slowed half as much; it never waits
 //! for our thread, nor for a disk. Private mappings of files cannot be protected by userfaultfd at
 //! all, nor missing pages before Linux 6.4. What fork costs instead is memory: a page that is
 //! written before it was saved exists twice, until it was. A guest that writes all of its memory
@@ -55,6 +57,10 @@ use std::{
 
 use rustix::net::{SendFlags, send};
 
+mod aside;
+
+use aside::Aside;
+
 /// Bytes that are read at most at a time.
 pub const PIECE: usize = 1 << 20;
 
@@ -70,6 +76,8 @@ pub struct Image {
     child: libc::pid_t,
     socket: OwnedFd,
     buffer: NonNull<u8>,
+    /// Pages that are other than what the process has.
+    aside: Aside,
 }
 
 // SAFETY: the buffer is a mapping of this image alone, and the process may be spoken to, killed and
@@ -104,7 +112,9 @@ impl Image {
         // SAFETY: the mask is what this thread had.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut()) };
         match libc::pid_t::try_from(child) {
-            Ok(child) if child > 0 => Ok(Image { child, socket: ours.into(), buffer }),
+            Ok(child) if child > 0 => {
+                Ok(Image { child, socket: ours.into(), buffer, aside: Aside::default() })
+            }
             _ => {
                 // SAFETY: the mapping from above, which nobody else has.
                 unsafe { libc::munmap(buffer.as_ptr().cast(), PIECE) };
@@ -136,7 +146,25 @@ impl Image {
         }
         // SAFETY: the buffer is this long; the child has said that it is done with it, and writes
         // there only when it is asked again, which the borrow keeps from happening.
-        Ok(unsafe { slice::from_raw_parts(self.buffer.as_ptr(), len) })
+        let bytes = unsafe { slice::from_raw_parts_mut(self.buffer.as_ptr(), len) };
+        self.aside.lay_over(at, bytes);
+        Ok(bytes)
+    }
+
+    /// Makes what is in the `len` bytes from address `at` on now, whole pages, part of the image
+    /// instead of what was there when it was taken.
+    ///
+    /// # Safety
+    /// The bytes are mapped and readable. They may be written to meanwhile: then what is kept is
+    /// neither of before nor after.
+    pub unsafe fn keep(&mut self, at: usize, len: usize) {
+        // SAFETY: as for this function.
+        unsafe { self.aside.keep(at, len) };
+    }
+
+    /// Has memory for `len` more bytes of pages that are kept.
+    pub fn make_room(&mut self, len: usize) {
+        self.aside.make_room(len);
     }
 }
 

@@ -10,12 +10,11 @@
 use std::{fs::File, io, os::fd::AsRawFd, sync::Arc};
 
 use api::spec::{HugePages, MachineConfig};
-use devices::Memory;
+use devices::{Memory, written::Written};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_memory::{
     Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
-    bitmap::AtomicBitmap,
     mmap::{MmapRegionBuilder, MmapRegionError},
 };
 
@@ -93,9 +92,6 @@ pub fn map(config: &MachineConfig, backing: Backing<'_>) -> Result<Memory, Memor
     let mut offset = 0;
     for (base, len) in arch::layout::ram_regions(bytes) {
         let size = usize::try_from(len).map_err(|_| MemoryError::Regions)?;
-        let bitmap = config.track_dirty_pages.then(|| {
-            AtomicBitmap::new(size, std::num::NonZeroUsize::new(PAGE).unwrap_or(std::num::NonZeroUsize::MIN))
-        });
         let mut flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         let mut hint = "";
         let file = match backing {
@@ -117,7 +113,7 @@ pub fn map(config: &MachineConfig, backing: Backing<'_>) -> Result<Memory, Memor
         // SAFETY: `at` is a fresh mapping of `size` bytes with this protection and these
         // flags; it is never unmapped, as the region says of itself (it does not own it).
         let mapping = unsafe {
-            MmapRegionBuilder::new_with_bitmap(size, bitmap)
+            MmapRegionBuilder::new_with_bitmap(size, Written::new(size, config.track_dirty_pages))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(flags | libc::MAP_ANONYMOUS)
                 .with_raw_mmap_pointer(at)
@@ -206,8 +202,16 @@ fn lay(at: *mut u8, region: Run, layers: &[(Run, Arc<File>)]) -> io::Result<()> 
     Ok(())
 }
 
+/// Begins or ends the records of what is written to RAM, that of KVM and ours, of a machine that
+/// may be running.
+pub fn track(vm: &VmFd, ram: &Memory, on: bool) -> Result<(), MemoryError> {
+    let records = ram.iter().map(|region| (**region).bitmap());
+    records.for_each(if on { Written::begin } else { Written::end });
+    register(vm, ram, on).map(drop)
+}
+
 /// Gives each region of `memory` to KVM as a slot of its own, and returns the number of the
-/// first slot that is free.
+/// first slot that is free. A slot that is there already begins or ends its log.
 pub fn register(vm: &VmFd, memory: &Memory, track_dirty_pages: bool) -> Result<u32, MemoryError> {
     let mut free = 0;
     for (slot, region) in (0..).zip(memory.iter()) {
@@ -286,7 +290,7 @@ mod tests {
         for track in [false, true] {
             let config = MachineConfig { track_dirty_pages: track, ..MachineConfig::default() };
             let memory = map(&config, Backing::Empty).unwrap();
-            assert_eq!(memory.iter().all(|r| (**r).bitmap().is_some()), track);
+            assert_eq!(memory.iter().all(|r| (**r).bitmap().is_on()), track);
         }
     }
 }

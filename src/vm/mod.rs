@@ -15,6 +15,7 @@
 //! Order of pausing: vCPUs first, so that no new work arrives, then devices, which finish or
 //! put back what they hold. Resuming is the same backwards.
 
+pub mod ahead;
 pub mod annex;
 pub mod attach;
 pub mod boot_timer;
@@ -177,6 +178,8 @@ pub struct Vm {
     pub(crate) beneath: capture::Beneath,
     /// KVM records which pages are written.
     pub(crate) tracks_dirty_pages: bool,
+    /// The same, but for one snapshot alone.
+    pub(crate) watched: bool,
     /// Guest memory is of huge pages.
     pub(crate) huge_pages: bool,
     /// What was written before KVM's record began anew, and is in no snapshot.

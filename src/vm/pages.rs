@@ -91,9 +91,7 @@ pub fn find(map: &PageMap, piece: Piece, which: Which, found: &mut Gathering) ->
 /// slot fails.
 pub fn take_dirty(vm: &VmFd, ram: &Memory, found: &mut Gathering) -> Result<(), kvm_ioctls::Error> {
     for ((slot, region), piece) in (0..).zip(ram.iter()).zip(pieces(ram)) {
-        if let Some(bitmap) = (**region).bitmap() {
-            add_bits(piece, &bitmap.get_and_reset(), found);
-        }
+        add_bits(piece, &(**region).bitmap().take(), found);
         let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
         add_bits(piece, &vm.get_dirty_log(slot, len)?, found);
     }

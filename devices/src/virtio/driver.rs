@@ -27,10 +27,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap, bitmap::AtomicBitmap, bitmap::NewBitmap,
-    mmap::MmapRegionBuilder,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap, mmap::MmapRegionBuilder};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use self::{
@@ -45,6 +42,7 @@ use crate::{
         queue::{Queue, QueueSetup},
     },
     worker::Worker,
+    written::Written,
 };
 
 /// How long a test waits for something that must happen.
@@ -56,7 +54,7 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 /// # Panics
 /// When the ranges overlap or cannot be mapped.
 pub fn memory(ranges: &[(u64, usize)]) -> Memory {
-    build(ranges, |_| None)
+    build(ranges, false)
 }
 
 /// Like [`memory`], with a bitmap of the pages that devices wrote.
@@ -64,12 +62,12 @@ pub fn memory(ranges: &[(u64, usize)]) -> Memory {
 /// # Panics
 /// When the ranges overlap or cannot be mapped.
 pub fn tracked_memory(ranges: &[(u64, usize)]) -> Memory {
-    build(ranges, |len| Some(AtomicBitmap::with_len(len)))
+    build(ranges, true)
 }
 
-fn build(ranges: &[(u64, usize)], bitmap: impl Fn(usize) -> Option<AtomicBitmap>) -> Memory {
+fn build(ranges: &[(u64, usize)], tracked: bool) -> Memory {
     let regions = ranges.iter().map(|(base, len)| {
-        let mapping = MmapRegionBuilder::new_with_bitmap(*len, bitmap(*len))
+        let mapping = MmapRegionBuilder::new_with_bitmap(*len, Written::new(*len, tracked))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_PRIVATE)
             .build()

@@ -127,7 +127,6 @@ pub struct Queue {
     published: Wrapping<u16>,
     event_idx: bool,
     indirect: bool,
-    tracked: bool,
     desc: *const u8,
     avail: *const u16,
     used: *mut u16,
@@ -170,7 +169,6 @@ impl Queue {
             published: Wrapping(setup.next_used),
             event_idx: features & F_EVENT_IDX != 0,
             indirect: features & F_INDIRECT_DESC != 0,
-            tracked: memory.iter().any(|r| r.bitmap_is_on()),
             desc,
             avail: avail.cast(),
             used: used.cast(),
@@ -283,7 +281,7 @@ impl Queue {
     /// Records for dirty tracking that the host wrote `len` bytes of the chain's writable
     /// part by other means than [`Chain::write`] (a `readv` into its segments).
     pub fn mark_written(&self, chain: &Chain, len: u64) {
-        if self.tracked {
+        if self.is_tracked() {
             let mut left = len;
             for (address, iovec) in chain.addresses[chain.readable..].iter().zip(chain.writable()) {
                 let part = left.min(iovec.iov_len as u64);
@@ -309,8 +307,13 @@ impl Queue {
         unsafe { AtomicU16::from_ptr(word) }
     }
 
+    /// Whether somebody wants to know what is written, at this moment.
+    fn is_tracked(&self) -> bool {
+        self.memory.iter().any(|region| (**region).bitmap().is_on())
+    }
+
     fn mark(&self, address: u64, len: u64) {
-        if !self.tracked || len == 0 {
+        if len == 0 || !self.is_tracked() {
             return;
         }
         let start = GuestAddress(address);
@@ -552,17 +555,6 @@ fn locate(spans: &[Span], address: u64, len: u64) -> Option<(*mut u8, u64)> {
 /// Host address of a run that must lie in one region.
 fn resolve(spans: &[Span], address: u64, len: u64) -> Option<*mut u8> {
     locate(spans, address, len).filter(|(_, have)| *have == len).map(|(host, _)| host)
-}
-
-/// Whether a region tracks dirty pages.
-trait Tracking {
-    fn bitmap_is_on(&self) -> bool;
-}
-
-impl Tracking for vm_memory::GuestRegionMmap<Option<vm_memory::bitmap::AtomicBitmap>> {
-    fn bitmap_is_on(&self) -> bool {
-        std::ops::Deref::deref(self).bitmap().is_some()
-    }
 }
 
 #[cfg(test)]

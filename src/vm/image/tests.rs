@@ -136,6 +136,23 @@ fn writes_of_the_kernel_are_not_in_it() {
 }
 
 #[test]
+fn pages_that_are_kept_later_are_as_they_were_then() {
+    let mapping = Mapping::new(2 * PIECE, None);
+    mapping.words().iter().for_each(|word| word.store(5, SeqCst));
+    let mut image = Image::take(false).unwrap();
+    let page = |page: usize| &mapping.words()[page * PAGE / 8];
+    let later = [3, 255, 256, 300];
+    for round in 6..8 {
+        later.iter().for_each(|at| page(*at).store(round, SeqCst));
+        // SAFETY: pages of the mapping.
+        later.iter().for_each(|at| unsafe { image.keep(mapping.at + at * PAGE, PAGE) });
+    }
+    let expected = mapping.now();
+    mapping.words().iter().for_each(|word| word.store(9, SeqCst));
+    assert!(mapping.of(&mut image) == expected);
+}
+
+#[test]
 fn memory_that_is_given_back_meanwhile_is_still_in_it() {
     let mapping = Mapping::new(4 * PAGE, None);
     mapping.words().iter().for_each(|word| word.store(5, SeqCst));

@@ -31,7 +31,7 @@ use std::{
 
 use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
-    bitmap::{AtomicBitmap, Bitmap},
+    bitmap::Bitmap,
 };
 
 use super::{
@@ -39,7 +39,7 @@ use super::{
     parts::Parts,
     shared::Shared,
 };
-use crate::{Memory, limits::BALLOON_OVERLAYS_MAX};
+use crate::{Memory, limits::BALLOON_OVERLAYS_MAX, written::Written};
 
 /// What came of giving something back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -208,7 +208,7 @@ impl Ram {
 }
 
 impl Region {
-    fn of(region: &GuestRegionMmap<Option<AtomicBitmap>>) -> Option<Region> {
+    fn of(region: &GuestRegionMmap<Written>) -> Option<Region> {
         let (first, len) = (region.start_addr().raw_value(), region.len());
         let host = region.get_host_address(MemoryRegionAddress(0)).ok()?.expose_provenance();
         let flags = region.flags();
@@ -251,7 +251,7 @@ fn overlay(at: *mut libc::c_void, len: usize, protection: i32) -> io::Result<()>
 }
 
 /// Bytes of a page of the host in a region: more than [`PAGE`] where it is made of huge ones.
-fn page_size(region: &GuestRegionMmap<Option<AtomicBitmap>>) -> u64 {
+fn page_size(region: &GuestRegionMmap<Written>) -> u64 {
     const DEFAULT_HUGE: u64 = 2 << 20;
     let flags = region.flags();
     if flags & libc::MAP_HUGETLB != 0 {

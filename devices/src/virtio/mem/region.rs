@@ -27,14 +27,14 @@
 use std::{
     fs::File,
     io,
-    num::NonZeroUsize,
     os::fd::{AsRawFd, FromRawFd},
     sync::Arc,
 };
 
-use vm_memory::{GuestAddress, GuestRegionMmap, bitmap::AtomicBitmap, mmap::MmapRegionBuilder};
+use vm_memory::{GuestAddress, GuestRegionMmap, mmap::MmapRegionBuilder};
 
-const PAGE: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+use crate::written::Written;
+
 /// What host and guest addresses agree modulo, so that huge pages fit.
 const HUGE: usize = 2 << 20;
 const OPEN: i32 = libc::PROT_READ | libc::PROT_WRITE;
@@ -125,18 +125,13 @@ impl Region {
     /// when it would end beyond the address space.
     ///
     /// From here on the region stays mapped until the process ends, as guest memory does.
-    pub fn guest_memory(
-        self: &Arc<Self>,
-        start: u64,
-        tracked: bool,
-    ) -> Option<GuestRegionMmap<Option<AtomicBitmap>>> {
+    pub fn guest_memory(self: &Arc<Self>, start: u64, tracked: bool) -> Option<GuestRegionMmap<Written>> {
         let size = self.slots * self.slot_size;
-        let bitmap = tracked.then(|| AtomicBitmap::new(size, PAGE));
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | self.pages.flags();
         // SAFETY: the range is mapped readable and writable, and the clone that is never
         // dropped keeps it so for good.
         let mapping = unsafe {
-            MmapRegionBuilder::new_with_bitmap(size, bitmap)
+            MmapRegionBuilder::new_with_bitmap(size, Written::new(size, tracked))
                 .with_mmap_prot(OPEN)
                 .with_mmap_flags(flags)
                 .with_raw_mmap_pointer(self.base)

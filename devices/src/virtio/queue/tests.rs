@@ -353,14 +353,14 @@ fn pages_the_device_wrote_are_marked() {
     let mut queue = Queue::new(0, setup, 8, F_COMMON, &driver.memory).unwrap();
     let dirty = |driver: &Driver, address: u64| {
         let region = driver.memory.find_region(GuestAddress(address)).unwrap();
-        let bitmap = std::ops::Deref::deref(region).bitmap().as_ref().unwrap();
+        let bitmap = std::ops::Deref::deref(region).bitmap();
         let mut seen = Vec::new();
         for page in 0..region.len() / 4096 {
-            if bitmap.is_bit_set(page as usize) {
+            if bitmap.dirty_at(page as usize * 4096) {
                 seen.push(page);
             }
         }
-        bitmap.reset();
+        bitmap.take();
         seen
     };
     driver.rings[0].add(&[Buffer::writable(BUFFER + 4090, 10), Buffer::writable(0x4000_2000, 5000)]);

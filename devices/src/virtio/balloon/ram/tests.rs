@@ -3,7 +3,7 @@ use std::{
     os::fd::{FromRawFd, OwnedFd},
 };
 
-use vm_memory::{Bytes, FileOffset, bitmap::NewBitmap, mmap::MmapRegionBuilder};
+use vm_memory::{Bytes, FileOffset, mmap::MmapRegionBuilder};
 
 use super::*;
 use crate::virtio::driver::{memory, tracked_memory};
@@ -38,7 +38,7 @@ fn run(first: u64, count: u64) -> Run {
 }
 
 fn mapped(file: File, len: usize, flags: i32) -> Memory {
-    let mapping = MmapRegionBuilder::new_with_bitmap(len, Some(AtomicBitmap::with_len(len)))
+    let mapping = MmapRegionBuilder::new_with_bitmap(len, Written::new(len, true))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags)
         .with_file_offset(FileOffset::new(file, 0))
@@ -56,7 +56,7 @@ fn aligned(first: u64, len: usize, align: u64) -> Memory {
         let base = libc::mmap(std::ptr::null_mut(), room, protection, flags, -1, 0);
         assert_ne!(base, libc::MAP_FAILED);
         let at = base.byte_add((base as usize).next_multiple_of(align) - base as usize);
-        MmapRegionBuilder::<Option<AtomicBitmap>>::new_with_bitmap(len, None)
+        MmapRegionBuilder::new_with_bitmap(len, Written::new(len, false))
             .with_mmap_prot(protection)
             .with_mmap_flags(flags)
             .with_raw_mmap_pointer(at.cast())
@@ -197,7 +197,7 @@ fn real_huge_pages_go_back_whole() {
     // Only where the host has some to spare.
     let Some(file) = memfd(4 * MIB, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB) else { return };
     let flags = libc::MAP_SHARED;
-    let region = MmapRegionBuilder::<Option<AtomicBitmap>>::new_with_bitmap(4 << 20, None)
+    let region = MmapRegionBuilder::new_with_bitmap(4 << 20, Written::new(4 << 20, false))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags)
         .with_file_offset(FileOffset::new(file, 0))

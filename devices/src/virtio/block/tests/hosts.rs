@@ -2,7 +2,7 @@
 
 use std::{ops::Deref, thread};
 
-use vm_memory::GuestMemoryBackend;
+use vm_memory::{GuestMemoryBackend, bitmap::Bitmap};
 
 use super::*;
 use crate::virtio::driver::tracked_memory;
@@ -51,9 +51,9 @@ fn without_io_uring_a_thread_that_waits_serves() {
 /// Which of `pages` are marked; takes all marks away.
 fn take_marks<const N: usize>(driver: &Driver, pages: [u64; N]) -> [bool; N] {
     let region = driver.memory.iter().next().unwrap();
-    let bitmap = region.deref().bitmap().as_ref().unwrap();
-    let marks = pages.map(|page| bitmap.is_addr_set(page as usize));
-    bitmap.reset();
+    let bitmap = region.deref().bitmap();
+    let marks = pages.map(|page| bitmap.dirty_at(page as usize));
+    bitmap.take();
     marks
 }
 
