@@ -58,7 +58,10 @@ pub enum Streams {
     /// To and from this program's own standard streams; a terminal stays one.
     Inherited,
     /// Output to ours, standard input empty.
-    OutputOnly,
+    OutputOnly {
+        /// Bytes of standard output that were passed on.
+        stdout: Vec<u8>,
+    },
     /// Standard input empty, outputs kept.
     Captured {
         /// Bytes of standard output.
@@ -186,19 +189,35 @@ pub fn run_test(command: &[OsString]) -> Result<u8> {
         time_limit: Some(TEST_TIME_LIMIT),
         ..Lab::default()
     };
-    let code = lab.run_with(command, &mut Streams::OutputOnly)?.code;
+    let mut streams = Streams::OutputOnly { stdout: Vec::new() };
+    let code = lab.run_with(command, &mut streams)?.code;
     if code == 0 {
         return Ok(code);
     }
+    let Streams::OutputOnly { stdout } = &mut streams else { return Ok(code) };
+    let failed = failed(&String::from_utf8_lossy(stdout));
     eprintln!(
-        "lab: these tests failed with code {code}. Time passes unevenly in the emulation, so they are \
-         run once more; what fails twice is a failure."
+        "lab: {} failed with code {code}. Time passes unevenly in the emulation, so they are run once \
+         more; what fails twice is a failure.",
+        if failed.is_empty() { "these tests".to_owned() } else { failed.join(", ") }
     );
-    lab.run_with(command, &mut Streams::OutputOnly).map(|outcome| outcome.code)
+    stdout.clear();
+    let exact = (!failed.is_empty()).then(|| "--exact".into());
+    let again: Vec<OsString> =
+        command.iter().cloned().chain(exact).chain(failed.into_iter().map(Into::into)).collect();
+    lab.run_with(&again, &mut streams).map(|outcome| outcome.code)
+}
+
+/// The tests that failed, as a test binary lists them before its summary; none if it did not come
+/// so far.
+fn failed(output: &str) -> Vec<String> {
+    let Some((_, list)) = output.rsplit_once("\nfailures:\n") else { return Vec::new() };
+    let names = list.lines().map_while(|line| line.strip_prefix("    "));
+    names.map(|name| name.trim().to_owned()).collect()
 }
 
 /// The longest that one test binary may take in the lab.
-const TEST_TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
+const TEST_TIME_LIMIT: Duration = Duration::from_secs(30 * 60);
 
 /// Makes sure that the lab can start, so that the first run does not seem to hang.
 pub fn prepare() -> Result<()> {
@@ -209,6 +228,14 @@ pub fn prepare() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_tests_that_failed_are_those_of_the_last_list() {
+        let output = "running 2 tests\ntest a ... ok\n\nfailures:\n\n---- b::c stdout ----\nfailures:\n    x\n\n\
+                      failures:\n    b::c\n    d\n\ntest result: FAILED. 1 passed\n";
+        assert_eq!(failed(output), ["b::c", "d"]);
+        assert!(failed("running 2 tests\ntest a ... ").is_empty());
+    }
 
     #[test]
     fn a_variable_without_value_is_the_callers_and_an_unknown_one_is_none() {

@@ -229,7 +229,12 @@ impl<'a> Session<'a> {
                     (if kind == Kind::Stdout { stdout } else { stderr }).extend_from_slice(bytes);
                     Ok(None)
                 }
-                _ => self.pass_on(if kind == Kind::Stdout { 1 } else { 2 }, bytes),
+                streams => {
+                    if let (Streams::OutputOnly { stdout }, Kind::Stdout) = (streams, kind) {
+                        stdout.extend_from_slice(bytes);
+                    }
+                    self.pass_on(if kind == Kind::Stdout { 1 } else { 2 }, bytes)
+                }
             },
             _ => bail!("The lab's machine sent a frame that makes no sense ({kind:?})"),
         }
