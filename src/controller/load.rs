@@ -127,7 +127,7 @@ impl Controller {
             self.mmds = None;
             return Err(fault);
         }
-        if let (Some(known), Some(live)) = (&known, &self.live) {
+        if let (Some(known), Some(live)) = (known, &mut self.live) {
             live.vm.prefetch(known);
         }
         self.unrecorded = place;

@@ -377,7 +377,7 @@ impl Controller {
         let Some(running) = &mut self.jobs.running else { return };
         let Some(since) = running.held.take() else { return };
         // Somebody may have paused it meanwhile, for himself.
-        if let (Phase::Running, Some(live)) = (self.phase, &self.live)
+        if let (Phase::Running, Some(live)) = (self.phase, &mut self.live)
             && let Err(error) = live.vm.resume()
         {
             log::error!("The machine does not go on after its snapshot: {error}");

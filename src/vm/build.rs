@@ -360,6 +360,7 @@ pub fn build(plan: Plan<'_>) -> Result<Vm, BuildError> {
         consoles,
         host,
         served,
+        prefetching: None,
     })
 }
 

@@ -12,7 +12,7 @@
 //! the kernel some microseconds at the restore and 200 bytes, so a chain that has come to pieces
 //! is served by the pager; `nacelle snapshot merge` mends it.
 
-use std::{fs::File, io, path::PathBuf, ptr::NonNull, sync::Arc, time::Duration};
+use std::{fs::File, io, path::PathBuf, ptr::NonNull, sync::Arc, thread, time::Duration};
 
 use devices::Memory;
 
@@ -124,14 +124,28 @@ impl Drop for Served {
 
 impl Vm {
     /// Brings what a working set names into RAM before the guest runs, which would wait for each
-    /// page of it otherwise. What is served is brought by who serves it, and waited for a moment.
-    pub fn prefetch(&self, set: &WorkingSet) {
+    /// page of it otherwise. Pages of a file come on a thread, while whoever had the machine loaded
+    /// gets the answer; the next [`Vm::resume`] waits for them. What is served is brought by who serves
+    /// it, and waited for a moment here.
+    pub fn prefetch(&mut self, set: WorkingSet) {
         match self.served.as_ref().and_then(|served| served.0.as_ref()) {
             Some(Serving::Pager(pager)) => drop(pager.has_first(FIRST_PATIENCE)),
             Some(Serving::Handler(_)) => {}
             None => {
-                let _ = ranges(&pages::pieces(&self.ram), 4096).map(|ranges| set.prefetch(&ranges));
+                let Ok(ranges) = ranges(&pages::pieces(&self.ram), 4096) else { return };
+                let bring = move || {
+                    set.prefetch(&ranges);
+                };
+                // Without a thread they come as the guest touches them.
+                self.prefetching = thread::Builder::new().name("prefetch".to_owned()).spawn(bring).ok();
             }
+        }
+    }
+
+    /// Waits until what [`Vm::prefetch`] began to bring is there.
+    pub(super) fn prefetched(&mut self) {
+        if let Some(thread) = self.prefetching.take() {
+            let _ = thread.join();
         }
     }
 

@@ -187,6 +187,8 @@ pub struct Vm {
     pub(crate) host: Arc<host::KvmHost>,
     /// Who brings pages of RAM that are missing.
     pub(crate) served: Option<lazy::Served>,
+    /// Brings pages that the guest will need first.
+    pub(crate) prefetching: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Vm {
@@ -207,7 +209,8 @@ impl Vm {
     }
 
     /// Goes on after a pause.
-    pub fn resume(&self) -> Result<(), VmError> {
+    pub fn resume(&mut self) -> Result<(), VmError> {
+        self.prefetched();
         self.each_device(|device| device.resume())?;
         Ok(self.vcpus.run()?)
     }
