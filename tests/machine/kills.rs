@@ -27,7 +27,7 @@ pub fn kills() -> u32 {
 
 /// A machine that was saved to `base`, and the monitor beside which others are killed.
 pub fn saved() -> (Vm, PathBuf) {
-    let setup = Setup::new(Kernel::quick(), Transport::Mmio).size(1, 64).script("echo begun; read -r word");
+    let setup = Setup::new(Kernel::quick(), Transport::Mmio).size(1, 96).script("echo begun; read -r word");
     let vm = setup.start_with_api();
     vm.wait_for("begun\n");
     let mut client = vm.client();
@@ -184,7 +184,7 @@ fn spoil(bytes: &mut Vec<u8>, dice: &mut Dice) {
 #[test]
 fn hostile_states_with_right_digests_never_end_a_monitor() {
     let script = "echo begun; read -r word";
-    let mut setup = Setup::new(Kernel::quick(), Transport::Pci).size(2, 64).script(script);
+    let mut setup = Setup::new(Kernel::quick(), Transport::Pci).size(2, 96).script(script);
     setup.spec.machine_config.max_vcpu_count = Some(4);
     setup.spec.entropy = Some(Entropy::default());
     let uds_path = setup.folder().join("vsock");

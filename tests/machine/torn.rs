@@ -89,7 +89,7 @@ fn of_a_machine_whose_memory_is_not_whole_no_snapshot_is_left() {
 
 #[test]
 fn a_file_that_was_cut_short_before_is_refused_by_name() {
-    let vm = Setup::new(Kernel::quick(), Transport::Mmio).size(1, 64).script("echo begun; read -r word");
+    let vm = Setup::new(Kernel::quick(), Transport::Mmio).size(1, 96).script("echo begun; read -r word");
     let vm = vm.start_with_api();
     vm.wait_for("begun\n");
     let mut client = vm.client();
