@@ -100,7 +100,7 @@ fn a_file_that_was_cut_short_before_is_refused_by_name() {
         cut(&vm.folder().join(file), 32 << 20);
         let (_other, mut client) = vm.beside("other");
         let said = client.put::<Value>("/snapshot/load", Some(&load)).unwrap_err().to_string();
-        assert!(said.contains("memory: it has 33554432 bytes; 67108864 belong"), "{said}");
+        assert!(said.contains("memory: it has 33554432 bytes; 100663296 belong"), "{said}");
         let state: Value = client.get("/").unwrap();
         assert_eq!(state["state"], "Not started");
     }
