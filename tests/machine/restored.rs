@@ -82,6 +82,8 @@ fn clones_of_one_snapshot_draw_different_random_numbers_and_were_told() {
     }
     let saved = save(&vm);
     let mut drawn = Vec::new();
+    // Debian's cloud kernel has no driver, and nobody tells its clones but an agent.
+    let driven = std::env::var_os("NACELLE_TEST_BUILT_KERNEL").is_some();
     for name in ["one", "two"] {
         let (mut clone, mut client) = vm.beside(name);
         load(&mut client, saved.clone(), |_| ());
@@ -92,11 +94,9 @@ fn clones_of_one_snapshot_draw_different_random_numbers_and_were_told() {
         drawn.push(told(&clone, "second"));
         clone.say("end");
         let ended = clone.succeed();
-        // Debian's cloud kernel has no driver.
-        let expected = u8::from(std::env::var_os("NACELLE_TEST_BUILT_KERNEL").is_some());
-        ended.is("reseeded", &expected);
+        ended.is("reseeded", &u8::from(driven));
     }
-    assert!(drawn[0].len() == 64 && drawn[0] != drawn[1], "{drawn:?}");
+    assert!(drawn[0].len() == 64 && (drawn[0] != drawn[1] || !driven), "{drawn:?}");
 }
 
 #[test]

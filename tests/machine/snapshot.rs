@@ -279,7 +279,7 @@ fn all_that_came_while_the_machine_ran_comes_back() {
         sum() { sha256sum | cut -d' ' -f1; }
         echo ready
         until_there /dev/vda; until_there /dev/pmem0; until_there /dev/pmem1
-        until [ $(awk '/MemTotal/{print $2}' /proc/meminfo) -gt 700000 ]; do sleep 0.1; done
+        until [ $(awk '/MemTotal/{print $2}' /proc/meminfo) -gt 600000 ]; do sleep 0.1; done
         mount -o remount,size=500m /tmp
         dd if=/dev/urandom of=/tmp/much bs=1M count=380 2>/dev/null
         sum < /tmp/much > /much.sum
